@@ -1,0 +1,1 @@
+"""Recipes that ship with steadynorm: they run offline, on real data."""

@@ -1,0 +1,138 @@
+"""Weight files, read without running any code that they may hold."""
+
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steadynorm.errors import InputError
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+
+# Where training scripts put the weights inside a checkpoint, and what wrappers put before each name.
+CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model")
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+KEYS_SHOWN = 3
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` file, or of a ``.pt`` or ``.pth`` one opened with ``weights_only=True``.
+
+    A checkpoint that holds the weights under ``state_dict`` or ``model`` is unpacked, and the prefixes that
+    DistributedDataParallel and ``torch.compile`` put before every name are taken off.
+
+    Raises:
+        InputError: the file is missing, of another kind, broken, or holds more than tensors.
+    """
+    if not path.is_file():
+        raise InputError(f"there is no weights file {path}: give a {_kinds()} file.")
+    if path.suffix not in SUFFIXES:
+        raise InputError(
+            f"{path} is refused: of the files that hold weights only {_kinds()} can be opened without running code "
+            "that may be inside; save with torch.save(model.state_dict(), 'weights.pt')."
+        )
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    return _without_wrapping(_tensors(content, path))
+
+
+def weights_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load `state` into `model`, every key and shape of it.
+
+    Raises:
+        InputError: the names or shapes do not fit; the message has the first few.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    unknown = [key for key in state if key not in own]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in own
+        if key in state and isinstance(own[key], Tensor) and own[key].shape != state[key].shape
+    ]
+    faults = [
+        f"{label} {_first_few(keys)}"
+        for label, keys in (("missing:", missing), ("not in the model:", unknown), ("of another shape:", shapes))
+        if keys
+    ]
+    if faults:
+        raise InputError(
+            f"the weights in {source} do not fit the recipe's model: {'; '.join(faults)}; "
+            "give weights that were saved from the same model."
+        )
+    try:
+        model.load_state_dict(dict(state))
+    except RuntimeError as error:  # shapes of lazy modules, or a hook of the model's own
+        raise InputError(f"the weights in {source} do not fit the recipe's model: {_in_a_line(error)}.") from error
+
+
+def _kinds() -> str:
+    return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+
+
+def _first_few(keys: list[str]) -> str:
+    rest = len(keys) - KEYS_SHOWN
+    return ", ".join(keys[:KEYS_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")[:200]
+
+
+def _read_safetensors(path: Path) -> Any:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path} needs the package safetensors: pip install 'steadynorm[cli]'.") from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {_in_a_line(error)}.") from error
+
+
+def _read_pt(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is refused: it holds more than tensors, and opening it could run code that is inside; "
+            "save only the weights with torch.save(model.state_dict(), 'weights.pt')."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as weights: {_in_a_line(error)}.") from error
+
+
+def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """The mapping of names to tensors inside `content`, or inside one of the usual keys of a checkpoint."""
+    for mapping in _mappings(content):
+        if mapping and all(isinstance(value, Tensor) for value in mapping.values()):
+            return {str(key): value for key, value in mapping.items()}
+    raise InputError(
+        f"{path} holds {_held(content)}: expected a state_dict, names and tensors, "
+        f"at the top or under {' or '.join(CHECKPOINT_KEYS)}."
+    )
+
+
+def _mappings(content: Any) -> Iterator[Mapping[Any, Any]]:
+    if isinstance(content, Mapping):
+        yield content
+        for key in CHECKPOINT_KEYS:
+            if isinstance(content.get(key), Mapping):
+                yield content[key]
+
+
+def _held(content: Any) -> str:
+    if isinstance(content, Mapping):
+        return f"the keys {_first_few([str(key) for key in content])}" if content else "nothing"
+    return type(content).__name__
+
+
+def _without_wrapping(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in WRAPPER_PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            return _without_wrapping({key.removeprefix(prefix): value for key, value in state.items()})
+    return state
