@@ -1,0 +1,179 @@
+"""Draws a Document on a rich console.
+
+The console is passed in, so that the caller owns the stream, the width and the colours.
+Every string of a document becomes a rich Text: square brackets in a module path are no markup, and control
+characters never reach the terminal.
+"""
+
+from collections.abc import Sequence
+from functools import singledispatch
+
+try:
+    from rich import box
+    from rich.console import Console, Group, RenderableType
+    from rich.padding import Padding
+    from rich.table import Table as Grid
+    from rich.text import Text
+except ImportError as error:
+    raise ImportError("reports in the terminal need rich: pip install 'steadynorm[cli]'") from error
+
+from steadynorm.report.document import (
+    Card,
+    Cell,
+    Chart,
+    Code,
+    Document,
+    Heading,
+    Paragraph,
+    Status,
+    Table,
+    column_texts,
+    is_numeric,
+    is_value,
+    text_of,
+)
+
+STYLES: dict[Status, str] = {"ok": "green", "note": "cyan", "warning": "yellow", "error": "red"}
+SYMBOLS: dict[Status, str] = {"ok": "✔", "note": "●", "warning": "▲", "error": "✖"}
+LEVELS = "▁▂▃▄▅▆▇█"
+GAP = "·"
+
+# Lines longer than this are tiring to read, however wide the terminal is.
+LONGEST_LINE = 110
+LONGEST_SCALE = 12
+LONGEST_BAR = 30
+
+
+def show(document: Document, console: Console) -> None:
+    """Draw `document` on `console`, at its width and in what its encoding can show."""
+    width = min(console.width, LONGEST_LINE)
+    console.print(_verdict(document), width=width)
+    for block in document.blocks:
+        console.print()
+        drawn = _charts_in_words(block) if isinstance(block, Chart) else _draw(block)
+        console.print(drawn, width=console.width if isinstance(block, Table) else width)
+    if document.facts:
+        console.print()
+        facts = " · ".join(f"{label} {value}" for label, value in document.facts.items())
+        console.print(_plain(facts, "dim"), width=width)
+    console.print()
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Text without markup, and without the control characters that could move the cursor or set colours."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text), style)
+
+
+def _verdict(document: Document) -> RenderableType:
+    style = STYLES[document.status]
+    title = Text.assemble((f"{SYMBOLS[document.status]} ", f"bold {style}"), _plain(document.title, "bold"))
+    return Group(Text(), title, Padding(_plain(document.summary), (0, 0, 0, 2)))
+
+
+@singledispatch
+def _draw(block: object) -> RenderableType:
+    raise TypeError(f"a document holds blocks, got {type(block).__name__}")
+
+
+@_draw.register
+def _(block: Heading) -> RenderableType:
+    return _plain(block.text, "bold underline")
+
+
+@_draw.register
+def _(block: Paragraph) -> RenderableType:
+    return _plain(block.text)
+
+
+@_draw.register
+def _(block: Code) -> RenderableType:
+    return Padding(_plain(block.text, "cyan"), (0, 0, 0, 4))
+
+
+@_draw.register
+def _(block: Card) -> RenderableType:
+    style = STYLES[block.status]
+    head = Grid.grid(padding=(0, 2, 0, 0), expand=True)
+    head.add_column(no_wrap=True)
+    head.add_column(ratio=1)
+    head.add_row(
+        Text(f"{SYMBOLS[block.status]} {block.status}", f"bold {style}"),
+        Text.assemble(_plain(block.code, "bold"), " ", _plain(block.title, "bold")),
+    )
+    lines = ((block.where, "cyan"), (block.text, ""))
+    body: list[RenderableType] = [_plain(text, style) for text, style in lines if text]
+    if block.details:
+        body.append(_pairs(block.details))
+    if block.fix:
+        body.append(Text.assemble(("Fix: ", "bold green"), _plain(block.fix)))
+    return Group(head, Padding(Group(*body), (0, 0, 0, 2)))
+
+
+@_draw.register
+def _(block: Table) -> RenderableType:
+    grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    columns = [[row[i] for row in block.rows] for i in range(len(block.columns))]
+    for name, cells in zip(block.columns, columns, strict=True):
+        # A module path that does not fit goes on in the next line: cut off, it would name nothing.
+        grid.add_column(_plain(name), justify="right" if is_numeric(cells) else "left", overflow="fold")
+    for texts in zip(*map(column_texts, columns), strict=True):
+        grid.add_row(*map(_plain, texts))
+    return _figure(block.title, grid, block.note)
+
+
+def _figure(title: str, body: RenderableType, note: str) -> RenderableType:
+    return Group(*([_plain(title, "bold")] if title else []), body, *([_plain(note, "dim")] if note else []))
+
+
+def _pairs(pairs: Sequence[tuple[str, Cell]]) -> RenderableType:
+    grid = Grid.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for label, value in pairs:
+        grid.add_row(_plain(label), _plain(text_of(value)))
+    return grid
+
+
+def _charts_in_words(chart: Chart) -> RenderableType:
+    return _bars(chart) if chart.kind == "bar" else _sparklines(chart)
+
+
+def _sparklines(chart: Chart) -> RenderableType:
+    """One row a series: its shape on a scale that all share, and the numbers at its ends, so that it cannot mislead."""
+    order = list(dict.fromkeys(x for series in chart.series for x in series.x))
+    values = [y for series in chart.series for y in series.y if is_value(y)]
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    rows: list[list[Cell]] = []
+    for series in chart.series:
+        at = dict(zip(series.x, series.y, strict=True))
+        drawn = [y for y in series.y if is_value(y)]
+        ends = [drawn[0], drawn[-1], min(drawn), max(drawn)] if drawn else [None] * 4
+        rows.append([series.name, "".join(_level(at.get(x), low, high) for x in order), *ends])
+    shown = order if len(order) <= LONGEST_SCALE else [order[0], "…", order[-1]]
+    gap = f", {GAP} no value" if any(GAP in str(row[1]) for row in rows) else ""
+    across = f"{chart.x_label} {', '.join(map(text_of, shown))}"
+    scale = f"{across}; {LEVELS[0]} {text_of(low)}, {LEVELS[-1]} {text_of(high)}{gap}"
+    columns = [chart.y_label, "shape", "first", "last", "lowest", "highest"]
+    return _draw(Table(chart.title, columns, rows, f"{scale}\n{chart.note}".rstrip()))
+
+
+def _level(y: float | None, low: float, high: float) -> str:
+    if not is_value(y):
+        return GAP
+    return LEVELS[round((y - low) / (high - low) * (len(LEVELS) - 1))] if high > low else LEVELS[0]
+
+
+def _bars(chart: Chart) -> RenderableType:
+    """One bar a row, its length from zero: half as long is half as much."""
+    points = [(series.name, x, y) for series in chart.series for x, y in zip(series.x, series.y, strict=True)]
+    largest = max((abs(y) for _, _, y in points if is_value(y)), default=0.0)
+    grid = Grid(box=None, pad_edge=False)
+    names = [chart.x_label, *([""] if len(chart.series) > 1 else []), ""]
+    for name in names:
+        grid.add_column(_plain(name, "dim"))
+    grid.add_column(_plain(chart.y_label, "dim"), justify="right")
+    for (name, x, y), text in zip(points, column_texts([y for _, _, y in points]), strict=True):
+        bar = "█" * round(LONGEST_BAR * abs(y) / largest) if is_value(y) and largest else ""
+        labels = [text_of(x), name] if len(chart.series) > 1 else [text_of(x)]
+        grid.add_row(*map(_plain, labels), Text(bar, "cyan"), _plain(text))
+    return _figure(chart.title, grid, chart.note)
