@@ -11,10 +11,7 @@ contiguous runs) and `inner == 1` (groups are the columns of a matrix).
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Grouping(NamedTuple):
@@ -49,9 +46,14 @@ class Grouping(NamedTuple):
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of `x` (N, C, *) are next to each other in memory, and not also in plain order."""
-    if x.dim() not in CHANNELS_LAST or x.is_contiguous():
-        return False
-    return x.is_contiguous(memory_format=CHANNELS_LAST[x.dim()])
+    return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def dense_like(t: Tensor, x: Tensor) -> Tensor:
+    """`t`, of the shape of `x`, in the memory order of `x`: itself where it is so already, else a copy."""
+    if is_channels_last(x):
+        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+    return t.contiguous()
 
 
 def batch(x: Tensor) -> tuple[Tensor, Grouping]:
@@ -63,8 +65,6 @@ def batch(x: Tensor) -> tuple[Tensor, Grouping]:
     inner = 1
     for size in x.shape[2:]:
         inner *= size
-    if x.is_contiguous():
-        return x, Grouping(n, c, inner)
     if is_channels_last(x):
         return x, Grouping(n * inner, c, 1)
     return x.contiguous(), Grouping(n, c, inner)
