@@ -48,8 +48,9 @@ def module_path(module: Any) -> str:
     frame = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
-        if owner is not module and callable(getattr(owner, "named_modules", None)):
-            for path, child in owner.named_modules():
+        named_modules = getattr(owner, "named_modules", None)
+        if owner is not module and callable(named_modules):
+            for path, child in named_modules():
                 if child is module and path:
                     name = path
         frame = frame.f_back  # type: ignore[assignment]

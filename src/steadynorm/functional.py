@@ -151,10 +151,10 @@ def _normalize(
         raise InputError(f"activation got {activation!r}, expected None or one of {', '.join(ACTIVATIONS)}.")
     if residual is not None and residual.shape != x.shape:
         raise InputError(f"residual got shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}.")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (x.shape[0], *x.shape[2:])):
+    expected = (x.shape[0], *x.shape[2:])
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != expected):
         raise InputError(
-            f"mask got shape {tuple(mask.shape)} and {mask.dtype}, expected {(x.shape[0], *x.shape[2:])} and torch.bool:"
-            " True where a value is valid."
+            f"mask got shape {tuple(mask.shape)} and {mask.dtype}, expected {expected} and torch.bool: True is valid."
         )
     if _runs_composed(x, residual):
         return reference.compose(x, weight, bias, residual, mask, eps, activation, statistics)

@@ -22,7 +22,7 @@ class Grouping(NamedTuple):
     inner: int
 
     @property
-    def count(self) -> int:
+    def values_per_group(self) -> int:
         """Values per statistic."""
         return self.outer * self.inner
 

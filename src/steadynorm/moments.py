@@ -7,13 +7,14 @@ micro-batches, recalibration) goes through one of the two. The Bessel factor is 
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Mean (group,), biased variance (group,) and count of the values behind them.
 
     `count` is an int where every group saw the same number of values, else a tensor: () or (group,).

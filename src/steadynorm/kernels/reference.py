@@ -107,8 +107,8 @@ def _mask_view(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask[:, None, :]
 
 
-def _column(value: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if value is None else value.to(like.dtype)[None, :, None]
+def _column(value: Tensor, like: Tensor) -> Tensor:
+    return value.to(like.dtype)[None, :, None]
 
 
 def moments(x: Tensor, grouping: Grouping, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -272,7 +272,7 @@ def backward(
     """
     count = None
     if not is_given:
-        count = mean.new_tensor(grouping.count) if mask is None else mask.sum()
+        count = mean.new_tensor(grouping.values_per_group) if mask is None else mask.sum()
     g, dweight, dbias = backward_sums(dy, x, grouping, mean, var, weight, bias, residual, y, mask, eps, activation)
     dx = backward_input(g, x, grouping, mean, var, weight, dweight, dbias, count, mask, eps)
     return dx, dweight, dbias, g if needs_dresidual else None
