@@ -1,0 +1,307 @@
+"""BatchNorm1d, BatchNorm2d, BatchNorm3d and their lazy forms.
+
+A layer holds settings and calls the functional. It is a subclass of the torch.nn layer of its name, with the same
+parameters, buffers and state_dict; `switches` says what decides which statistics it uses and whether they move.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from steadynorm import functional
+from steadynorm.errors import DegenerateStatisticsError, InputError
+from steadynorm.layers import checks
+from steadynorm.layers.finite import require_finite
+from steadynorm.layers.switches import Switches
+from steadynorm.moments import Moments
+
+Guard = Literal["skip", "raise", "propagate"]
+SingleValue = Literal["error", "running"]
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "activation": (None, *functional.ACTIVATIONS),
+    "guard": ("skip", "raise", "propagate"),
+    "single_value": ("error", "running"),
+    "normalize_by": (None, "batch", "running"),
+    "update_running": (None, True, False),
+}
+
+
+class BatchNorm(Switches):
+    """What the batch normalizations of every rank share; see `BatchNorm2d`."""
+
+    ranks: tuple[int, ...] = ()
+    activation: str | None = None
+    guard: Guard = "skip"
+    single_value: SingleValue = "error"
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        guard: Guard = "skip",
+        single_value: SingleValue = "error",
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self._configure(bias, activation, guard, single_value)
+
+    def _configure(self, bias: bool, activation: str | None, guard: Guard, single_value: SingleValue) -> None:
+        if not bias:
+            self.register_parameter("bias", None)
+        self.activation = activation
+        self.guard = guard
+        self.single_value = single_value
+        self._check_settings()
+        self._widen_statistics()
+
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Normalise, add, activate: activation(weight · (x − mean) / sqrt(var + eps) + bias + residual).
+
+        Args:
+            input: x (N, C, *), floating point.
+            residual: (N, C, *), added before the activation.
+            mask: (N, *) bool, True where a value is valid. Padding enters no statistic, and its output and gradient
+                are zero, whatever it holds.
+            lengths: (N,) integers, instead of `mask`: how many positions of the last axis are valid, from its start.
+
+        Returns: y (N, C, *), in the dtype and memory order of `input`.
+
+        Raises:
+            InputError: a tensor or setting that cannot be used.
+            DegenerateStatisticsError: one value per channel in training, unless ``single_value="running"``.
+            NonFiniteStatisticsError: the statistics of the batch are not finite, with ``guard="raise"``.
+        """
+        self._check_settings()
+        self._check_input_dim(input)
+        mask = self._valid(input, mask, lengths)
+        by_batch, updates = self._decide(input)
+        weight, bias = self._trained(self.weight), self._trained(self.bias)
+        extras: dict[str, Any] = {"eps": self.eps, "residual": residual, "activation": self.activation, "mask": mask}
+        if by_batch:
+            y, moments = functional.normalize_batch(input, weight, bias, **extras)
+        else:
+            y = functional.normalize_running(input, *self._given(), weight, bias, **extras)
+            if updates:
+                moments = functional.normalize_batch(input.detach(), mask=mask)[1]
+        if updates:
+            self._remember(moments)
+        return y
+
+    def _decide(self, x: Tensor) -> tuple[bool, bool]:
+        """Whether this call normalises by its batch, and whether the running statistics move."""
+        has_running = self.running_mean is not None and self.running_var is not None
+        by_batch = self.training or not has_running
+        if self.normalize_by is not None:
+            by_batch = self.normalize_by == "batch"
+        updates = self.training and self.track_running_stats
+        if self.update_running is not None:
+            updates = self.update_running
+        values = x.numel() // max(x.shape[1], 1)
+        if values == 1 and by_batch and self.training:
+            if self.single_value == "error":
+                raise DegenerateStatisticsError(checks.about_single_value(self, x))
+            by_batch = False
+        if not (by_batch or has_running):
+            raise InputError(
+                f"{checks.name(self)} has no running statistics to normalise by: construct it with"
+                " track_running_stats=True."
+            )
+        # Fewer than two values say nothing about a variance.
+        return by_batch, updates and has_running and values > 1
+
+    def _running(self) -> tuple[Tensor, Tensor]:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        return self.running_mean, self.running_var
+
+    def _given(self) -> tuple[Tensor, Tensor]:
+        """The running statistics to normalise by: copies where a later call may move what backward has saved."""
+        mean, var = self._running()
+        if self.update_running is False or not torch.is_grad_enabled():
+            return mean, var
+        return mean.clone(), var.clone()
+
+    def _remember(self, moments: Moments) -> None:
+        mean, var = self._running()
+        if isinstance(moments.count, Tensor):
+            # One valid value is as good as none. How many a mask leaves, only the device knows.
+            moments = moments._replace(count=torch.where(moments.count > 1, moments.count, 0))
+        if self.guard == "raise":
+            if torch.compiler.is_compiling():
+                torch.ops.steadynorm.require_finite(moments.mean, moments.var, mean, checks.name(self))
+            elif not torch._C._are_functorch_transforms_active():
+                require_finite(moments.mean, moments.var, lambda: checks.name(self))
+        functional.update_running_(
+            mean,
+            var,
+            moments,
+            self.momentum,
+            num_batches_tracked=self.num_batches_tracked,
+            guard=self.guard != "propagate",
+        )
+
+    def _valid(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+        if mask is not None and lengths is not None:
+            raise InputError(f"{checks.name(self)} got both mask and lengths, expected one: lengths are a mask.")
+        if lengths is not None:
+            return checks.mask_from(self, lengths, x)
+        if mask is not None:
+            checks.check_mask(self, mask, x)
+        return mask
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        checks.check_input(self, input, self.ranks, self.num_features)
+
+    def _check_settings(self) -> None:
+        for setting, choices in CHOICES.items():
+            value = getattr(self, setting)
+            if value not in choices:
+                listed = ", ".join(repr(choice) for choice in choices)
+                raise InputError(f"{checks.name(self)}: {setting} must be one of {listed}, got {value!r}.")
+        if not self.eps > 0:
+            raise InputError(f"{checks.name(self)}: eps must be positive, got {self.eps}.")
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            raise InputError(
+                f"{checks.name(self)}: momentum must be in [0, 1], the weight of the new batch, or None for a"
+                f" cumulative average, got {self.momentum}."
+            )
+
+    def extra_repr(self) -> str:
+        """What torch.nn shows, and every setting of ours that is not at its default."""
+        ours = {
+            setting: getattr(self, setting)
+            for setting in ("activation", "guard", "single_value")
+            if getattr(self, setting) != getattr(BatchNorm, setting)
+        }
+        shown = [f"{setting}={value!r}" for setting, value in (ours | self.switches()).items()]
+        return ", ".join([super().extra_repr(), *shown])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name] if old is not None else None
+            if old is not None and new is not None and _is_narrow(new):
+                # Where the move goes, without the rounding.
+                self._buffers[name] = old.to(new.device, torch.float32)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._widen_statistics()
+
+    def _widen_statistics(self) -> None:
+        """Running statistics below float32 stop moving: a step of momentum · difference is lost in the rounding."""
+        for name in ("running_mean", "running_var"):
+            buffer = self._buffers.get(name)
+            if buffer is not None and _is_narrow(buffer):
+                self._buffers[name] = buffer.float()
+
+
+def _is_narrow(x: Tensor) -> bool:
+    return x.is_floating_point() and torch.finfo(x.dtype).bits < 32
+
+
+class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
+    """`BatchNorm2d` for (N, C) and (N, C, L)."""
+
+    ranks = (2, 3)
+
+
+class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
+    """Batch normalization over (N, C, H, W), in place of `torch.nn.BatchNorm2d`.
+
+    y = activation(weight · (x − mean) / sqrt(var + eps) + bias + residual)
+
+    Mean and biased variance of a channel are taken over its N·H·W values in training; in evaluation they are the
+    running ones. `freeze_`, `unfreeze_` and the switches change that.
+
+    Args:
+        num_features: C.
+        eps: added to the variance, in its unit; positive.
+        momentum: weight of the new batch in the running statistics, in [0, 1]; None gives all batches the same.
+        affine: whether there are weight and bias.
+        track_running_stats: whether there are running statistics; without, evaluation too normalises by the batch.
+        device, dtype: of weight and bias. The running statistics are float32 at least, whatever the module is cast to.
+        bias: whether there is a bias where there is a weight.
+        activation: None or one of `steadynorm.functional.ACTIVATIONS`.
+        guard: what a batch with statistics that are not finite does to the running ones. "skip": nothing;
+            "raise": an error that names the layer and the channel; "propagate": it spoils them, as in torch.nn.
+        single_value: what one value per channel does in training. "error": an error that names the layer and the
+            probable cause; "running": the running statistics normalise and do not move.
+
+    Source: Ioffe & Szegedy, Batch Normalization (2015), Algorithm 1.
+    """
+
+    ranks = (4,)
+
+
+class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
+    """`BatchNorm2d` for (N, C, D, H, W)."""
+
+    ranks = (5,)
+
+
+class LazyBatchNorm(nn.modules.batchnorm._LazyNormBase, BatchNorm):
+    """What the lazy forms share: num_features is that of the first input."""
+
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        guard: Guard = "skip",
+        single_value: SingleValue = "error",
+    ) -> None:
+        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
+        self._configure(bias, activation, guard, single_value)
+
+    def initialize_parameters(self, input: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Take num_features from `input` (N, C, *); what else the call brings plays no part."""
+        checks.check_input(self, input, self.ranks, self.num_features or None)
+        super().initialize_parameters(input)
+        # torch.nn leaves it at 0 where there is nothing to make, or where a state_dict has made it.
+        self.num_features = input.shape[1]
+
+
+class LazyBatchNorm1d(LazyBatchNorm, nn.LazyBatchNorm1d):
+    """`BatchNorm1d` that takes num_features from its first input."""
+
+    cls_to_become = BatchNorm1d
+    ranks = (2, 3)
+
+
+class LazyBatchNorm2d(LazyBatchNorm, nn.LazyBatchNorm2d):
+    """`BatchNorm2d` that takes num_features from its first input."""
+
+    cls_to_become = BatchNorm2d
+    ranks = (4,)
+
+
+class LazyBatchNorm3d(LazyBatchNorm, nn.LazyBatchNorm3d):
+    """`BatchNorm3d` that takes num_features from its first input."""
+
+    cls_to_become = BatchNorm3d
+    ranks = (5,)
