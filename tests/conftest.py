@@ -1,0 +1,55 @@
+"""Stricter than users. That warnings are errors is in pyproject.toml; the rest of the strictness is here."""
+
+from __future__ import annotations
+
+import random
+import socket
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+hypothesis.settings.register_profile("project", deadline=None, max_examples=60, derandomize=True, database=None)
+hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """A test that needs the network fails; unix sockets and this machine's own address stay open."""
+    connect = socket.socket.connect
+
+    def connect_nearby(self: socket.socket, address: Any) -> None:
+        if self.family != getattr(socket, "AF_UNIX", None) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"tests do not use the network: a connection to {address} was asked for")
+        connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_nearby)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def strict(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Deterministic algorithms, NaN in fresh memory, a seed from the test's name, one thread."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    torch.set_num_threads(1)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float32)
+    torch.set_grad_enabled(True)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """`threads(n)` gives torch n threads until the test ends."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)

@@ -1,0 +1,254 @@
+"""The formulas long-hand, in NumPy float64: what every implementation is held to.
+
+Nothing of the project is imported and nothing of torch. Arrays are (N, C, *), whatever their memory order was;
+per-channel values are (C,). A mask is (N, *spatial), true where a value counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+LEAKY_SLOPE = 0.01
+ELU_ALPHA = 1.0
+
+# Where the derivative jumps, or where its one-sided values differ: no gradient is compared next to these points.
+KINKS: dict[str | None, tuple[float, ...]] = {
+    None: (),
+    "relu": (0.0,),
+    "leaky_relu": (0.0,),
+    "relu6": (0.0, 6.0),
+    "hardswish": (-3.0, 3.0),
+    "silu": (),
+    "gelu": (),
+    "elu": (),
+}
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def _sigmoid(z: Array) -> Array:
+    return 0.5 * (1.0 + np.tanh(0.5 * z))
+
+
+def activate(z: Array, activation: str | None) -> Array:
+    """act(z), each as torch.nn.functional defines it with its default arguments."""
+    match activation:
+        case None:
+            return z.copy()
+        case "relu":
+            return np.maximum(z, 0.0)
+        case "leaky_relu":
+            return np.where(z > 0, z, LEAKY_SLOPE * z)
+        case "relu6":
+            return np.clip(z, 0.0, 6.0)
+        case "hardswish":
+            return z * np.clip(z + 3.0, 0.0, 6.0) / 6.0
+        case "silu":
+            return z * _sigmoid(z)
+        case "gelu":
+            return z * 0.5 * (1.0 + _erf(z / math.sqrt(2.0)))
+        case "elu":
+            return np.where(z > 0, z, ELU_ALPHA * np.expm1(np.minimum(z, 0.0)))
+    raise ValueError(f"no such activation: {activation}")
+
+
+def activation_derivative(z: Array, activation: str | None) -> Array:
+    """d act / dz at z."""
+    one = np.ones_like(z)
+    match activation:
+        case None:
+            return one
+        case "relu":
+            return np.where(z > 0, 1.0, 0.0)
+        case "leaky_relu":
+            return np.where(z > 0, 1.0, LEAKY_SLOPE)
+        case "relu6":
+            return np.where((z > 0) & (z < 6), 1.0, 0.0)
+        case "hardswish":
+            return np.where(z <= -3, 0.0, np.where(z >= 3, 1.0, z / 3.0 + 0.5))
+        case "silu":
+            s = _sigmoid(z)
+            return s * (1.0 + z * (1.0 - s))
+        case "gelu":
+            density = np.exp(-0.5 * z * z) / math.sqrt(2.0 * math.pi)
+            return 0.5 * (1.0 + _erf(z / math.sqrt(2.0))) + z * density
+        case "elu":
+            return np.where(z > 0, 1.0, ELU_ALPHA * np.exp(np.minimum(z, 0.0)))
+    raise ValueError(f"no such activation: {activation}")
+
+
+def spread(per_channel: Array, ndim: int) -> Array:
+    """(C,) as (1, C, 1, ...), to meet an array of `ndim` dimensions."""
+    return per_channel.reshape(1, -1, *(1,) * (ndim - 2))
+
+
+def everywhere(mask: Mask | None, x: Array) -> Mask:
+    """The mask of every single value of x (N, C, *): all true where there is none."""
+    if mask is None:
+        return np.ones(x.shape, dtype=bool)
+    return np.broadcast_to(np.expand_dims(mask, 1), x.shape)
+
+
+def total(values: Array, valid: Mask) -> Array:
+    """Sum per channel over the valid values."""
+    return np.where(valid, values, 0.0).sum(axis=tuple(i for i in range(values.ndim) if i != 1))
+
+
+def moments(x: Array, mask: Mask | None = None) -> tuple[Array, Array, int]:
+    """Mean (C,), biased variance (C,) and count of each channel of x (N, C, *), in two passes."""
+    valid = everywhere(mask, x)
+    count = valid.size // x.shape[1] if mask is None else int(mask.sum())
+    if count == 0:
+        return np.zeros(x.shape[1]), np.zeros(x.shape[1]), 0
+    mean = total(x, valid) / count
+    residue = np.where(valid, x - spread(mean, x.ndim), 0.0)
+    # The second sum repairs the rounding of the mean: it would be zero in exact arithmetic.
+    mean_residue = total(residue, valid) / count
+    var = total(residue**2, valid) / count - mean_residue**2
+    return mean + mean_residue, var, count
+
+
+def unbiased(var: Array, count: int) -> Array:
+    """The variance with Bessel's factor; of a single value, zero."""
+    return var * (count / max(count - 1, 1))
+
+
+def ema(running: Array, new: Array, momentum: float | None, batches_before: int = 0) -> Array:
+    """running + momentum · (new − running); with momentum None the plain average of all batches so far."""
+    weight = 1.0 / (batches_before + 1) if momentum is None else momentum
+    return (1.0 - weight) * running + weight * new
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Everything a forward pass determines: `x_hat` is normalized, `z` is what enters the activation, `y` leaves it."""
+
+    x_hat: Array
+    z: Array
+    y: Array
+    mean: Array
+    var: Array
+    count: int
+    invstd: Array
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of Σ dy · y. Those of padding are zero."""
+
+    dx: Array
+    dweight: Array
+    dbias: Array
+    dresidual: Array
+
+
+def forward(
+    x: Array,
+    *,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    residual: Array | None = None,
+    activation: str | None = None,
+    mask: Mask | None = None,
+    given: tuple[Array, Array] | None = None,
+) -> Forward:
+    """y = act((x − mean) / sqrt(var + eps) · weight + bias + residual), zero in the padding.
+
+    Mean and variance are those of the batch, or `given` ones.
+    """
+    valid = everywhere(mask, x)
+    mean, var, count = moments(x, mask)
+    if given is not None:
+        mean, var = given
+    invstd = 1.0 / np.sqrt(var + eps)
+    x_hat = np.where(valid, (x - spread(mean, x.ndim)) * spread(invstd, x.ndim), 0.0)
+    z = x_hat.copy()
+    if weight is not None:
+        z = z * spread(weight, x.ndim)
+    if bias is not None:
+        z = z + spread(bias, x.ndim)
+    if residual is not None:
+        z = z + residual
+    z = np.where(valid, z, 0.0)
+    y = np.where(valid, activate(z, activation), 0.0)
+    return Forward(x_hat, z, y, mean, var, count, invstd)
+
+
+def backward(
+    dy: Array,
+    ahead: Forward,
+    *,
+    weight: Array | None = None,
+    activation: str | None = None,
+    mask: Mask | None = None,
+    is_given: bool = False,
+) -> Gradients:
+    """Gradients of Σ dy · y, with statistics of the batch or (`is_given`) fixed ones.
+
+    g = dy · act'(z);  dbias = Σ g;  dweight = Σ g · x̂;
+    dx = weight · invstd · (g − Σ g / n − x̂ · Σ g·x̂ / n), the two corrections only where x moves the statistics.
+    """
+    valid = everywhere(mask, dy)
+    g = np.where(valid, dy * activation_derivative(ahead.z, activation), 0.0)
+    dbias = total(g, valid)
+    dweight = total(g * ahead.x_hat, valid)
+    slope = ahead.invstd if weight is None else weight * ahead.invstd
+    inside = g
+    if not is_given and ahead.count:
+        inside = g - spread(dbias / ahead.count, dy.ndim) - ahead.x_hat * spread(dweight / ahead.count, dy.ndim)
+    dx = np.where(valid, inside * spread(slope, dy.ndim), 0.0)
+    return Gradients(dx, dweight, dbias, g)
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What one call of batch normalization must give: the forward pass, the running statistics after it, gradients."""
+
+    ahead: Forward
+    running_mean: Array
+    running_var: Array
+    gradients: Callable[[Array], Gradients]
+
+
+def batch_norm(
+    x: Array,
+    running_mean: Array,
+    running_var: Array,
+    weight: Array | None,
+    bias: Array | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    residual: Array | None = None,
+    activation: str | None = None,
+    mask: Mask | None = None,
+) -> Expectation:
+    """Batch normalization with statistics of the batch (training) or running ones (evaluation)."""
+    ahead = forward(
+        x,
+        weight=weight,
+        bias=bias,
+        eps=eps,
+        residual=residual,
+        activation=activation,
+        mask=mask,
+        given=None if training else (running_mean, running_var),
+    )
+    if training and ahead.count:
+        running_mean = ema(running_mean, ahead.mean, momentum)
+        running_var = ema(running_var, unbiased(ahead.var, ahead.count), momentum)
+
+    def gradients(dy: Array) -> Gradients:
+        return backward(dy, ahead, weight=weight, activation=activation, mask=mask, is_given=not training)
+
+    return Expectation(ahead, running_mean, running_var, gradients)
