@@ -14,6 +14,7 @@ from typing import Any
 try:
     import jinja2
     from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
 except ImportError as error:
     raise ImportError("HTML reports need jinja2 and plotly: pip install 'steadynorm[report]'") from error
 
@@ -27,9 +28,6 @@ def render(documents: Sequence[Document], title: str) -> str:
     """One page that shows `documents` one after the other under `title`, as HTML text.
 
     Facts that all documents share (the machine, the versions) stand once, in the footer.
-
-    Raises:
-        ImportError: jinja2, or plotly where there are charts, is not installed.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("steadynorm.report", "."),
@@ -42,7 +40,7 @@ def render(documents: Sequence[Document], title: str) -> str:
     environment.globals["table_of"] = _table
     environment.globals["chart_data"] = _chart_data
     has_charts = any(isinstance(block, Chart) for document in documents for block in document.blocks)
-    scripts = [_plotly(), _asset("page.js")] if has_charts else []
+    scripts = [str(get_plotlyjs()), _asset("page.js")] if has_charts else []
     shared = _shared_facts(documents)
     return environment.get_template("page.html").render(
         title=title,
@@ -56,14 +54,6 @@ def render(documents: Sequence[Document], title: str) -> str:
 
 def _asset(name: str) -> str:
     return resources.files("steadynorm.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ImportError("charts in HTML reports need plotly: pip install 'steadynorm[report]'") from error
-    return str(get_plotlyjs())
 
 
 def _hash(script: str) -> str:

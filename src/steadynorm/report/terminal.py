@@ -5,13 +5,16 @@ Every string of a document becomes a rich Text: square brackets in a module path
 characters never reach the terminal.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import singledispatch
 
 try:
     from rich import box
+    from rich.bar import Bar
     from rich.console import Console, Group, RenderableType
     from rich.padding import Padding
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table as Grid
     from rich.text import Text
 except ImportError as error:
@@ -42,6 +45,24 @@ GAP = "·"
 LONGEST_LINE = 110
 LONGEST_SCALE = 12
 LONGEST_BAR = 30
+
+
+def console(*, stderr: bool = False) -> Console:
+    """The console of this process: standard output, or standard error for what is not the result."""
+    return Console(stderr=stderr, highlight=False)
+
+
+@contextmanager
+def progress(title: str, where: Console) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with the time left, gone when the block ends; silent where `where` is not a terminal.
+
+    Yields:
+        advance(done, total): how far the work is.
+    """
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=where, transient=True, disable=not where.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def show(document: Document, console: Console) -> None:
@@ -143,14 +164,18 @@ def _sparklines(chart: Chart) -> RenderableType:
     order = list(dict.fromkeys(x for series in chart.series for x in series.x))
     values = [y for series in chart.series for y in series.y if is_value(y)]
     low, high = min(values, default=0.0), max(values, default=0.0)
-    rows: list[list[Cell]] = []
+    ends: list[Cell] = []
     for series in chart.series:
-        at = dict(zip(series.x, series.y, strict=True))
         drawn = [y for y in series.y if is_value(y)]
-        ends = [drawn[0], drawn[-1], min(drawn), max(drawn)] if drawn else [None] * 4
-        rows.append([series.name, "".join(_level(at.get(x), low, high) for x in order), *ends])
+        ends += [drawn[0], drawn[-1], min(drawn), max(drawn)] if drawn else [None] * 4
+    texts = column_texts(ends)
+    rows = []
+    for number, series in enumerate(chart.series):
+        at = dict(zip(series.x, series.y, strict=True))
+        shape = "".join(_level(at.get(x), low, high) for x in order)
+        rows.append([series.name, shape, *texts[4 * number : 4 * number + 4]])
     shown = order if len(order) <= LONGEST_SCALE else [order[0], "…", order[-1]]
-    gap = f", {GAP} no value" if any(GAP in str(row[1]) for row in rows) else ""
+    gap = f", {GAP} no value" if any(GAP in row[1] for row in rows) else ""
     across = f"{chart.x_label} {', '.join(map(text_of, shown))}"
     scale = f"{across}; {LEVELS[0]} {text_of(low)}, {LEVELS[-1]} {text_of(high)}{gap}"
     columns = [chart.y_label, "shape", "first", "last", "lowest", "highest"]
@@ -168,12 +193,13 @@ def _bars(chart: Chart) -> RenderableType:
     points = [(series.name, x, y) for series in chart.series for x, y in zip(series.x, series.y, strict=True)]
     largest = max((abs(y) for _, _, y in points if is_value(y)), default=0.0)
     grid = Grid(box=None, pad_edge=False)
-    names = [chart.x_label, *([""] if len(chart.series) > 1 else []), ""]
+    names = [chart.x_label, *([""] if len(chart.series) > 1 else [])]
     for name in names:
-        grid.add_column(_plain(name, "dim"))
-    grid.add_column(_plain(chart.y_label, "dim"), justify="right")
+        grid.add_column(_plain(name, "dim"), overflow="fold")
+    grid.add_column(max_width=LONGEST_BAR)
+    grid.add_column(_plain(chart.y_label, "dim"), justify="right", no_wrap=True)
     for (name, x, y), text in zip(points, column_texts([y for _, _, y in points]), strict=True):
-        bar = "█" * round(LONGEST_BAR * abs(y) / largest) if is_value(y) and largest else ""
-        labels = [text_of(x), name] if len(chart.series) > 1 else [text_of(x)]
-        grid.add_row(*map(_plain, labels), Text(bar, "cyan"), _plain(text))
+        labels = [text_of(x), name][: len(names)]
+        bar = Bar(largest or 1.0, 0.0, abs(y) if is_value(y) else 0.0, color="cyan")
+        grid.add_row(*map(_plain, labels), bar, _plain(text))
     return _figure(chart.title, grid, chart.note)

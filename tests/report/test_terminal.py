@@ -1,0 +1,102 @@
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from steadynorm.report import Chart, Document, Series, terminal
+from tests.report.documents import FINDINGS, HOSTILE, STUDY, hostile
+
+
+def shown(document, width=80, **options):
+    stream = StringIO()
+    terminal.show(document, Console(file=stream, width=width, _environ={}, **options))
+    return stream.getvalue()
+
+
+def lines_of(document, width=80):
+    return [line.rstrip() for line in shown(document, width).splitlines()]
+
+
+def test_a_finding_as_readers_see_it():
+    assert lines_of(FINDINGS, 60) == [
+        "",
+        "✖ Doctor: small",
+        "  1 error in 3 layers.",
+        "",
+        "Findings",
+        "",
+        "✖ error  SN301 running statistics far from the data",
+        "  stages.1.block.0.norm2",
+        "  With this layer's statistics taken from the data the loss",
+        "  falls from 2.31 to 0.14.",
+        "  loss now  2.312",
+        "  channels  16",
+        "  Fix: Recalibrate the running statistics.",
+        "",
+        "Loss by layer",
+        "layer                                                   loss",
+        "stem.1                  █████████████████████████████  2.000",
+        "stages.1.block.0.norm2  ███████▎                       0.500",
+        "head                                                       –",
+        "",
+        "    steadynorm explain SN301",
+        "",
+        "cpu Example 9000 · torch 2.13.0 · recipe small",
+        "",
+    ]
+
+
+def test_a_study_as_readers_see_it():
+    assert lines_of(STUDY)[6:20] == [
+        "Accuracy by batch size",
+        "accuracy   shape   first    last   lowest   highest",
+        "───────────────────────────────────────────────────",
+        "batch      ▁▅█     0.500   1.000    0.500     1.000",
+        "group      ▇·▇     0.900   0.950    0.900     0.950",
+        "batch size 2, 4, 8; ▁ 0.5, █ 1, · no value",
+        "Mean of 3 seeds.",
+        "",
+        "Cells",
+        "norm    batch size   accuracy",
+        "─────────────────────────────",
+        "batch            2     0.5000",
+        "batch            4     0.7500",
+        "none             8          –",
+    ]
+
+
+@pytest.mark.parametrize("document", [FINDINGS, STUDY, hostile()])
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_nothing_is_wider_than_the_console(document, width):
+    assert max(map(len, lines_of(document, width))) <= width
+
+
+def test_strings_are_text_and_never_markup():
+    text = shown(hostile(), 400, force_terminal=True, color_system="truecolor")
+    assert "[bold red]markup[/bold red] [link=https://example.com]x[/link]" in text
+    assert "]8;" not in text  # no hyperlink was made of it
+    for string in HOSTILE:
+        assert string[:60] in text
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    text = shown(Document("a\x1b[2Jb\x07", "c\rd\x9b31m"))
+    assert not set(text) & {"\x1b", "\x07", "\r", "\x9b"}
+    assert "a\N{REPLACEMENT CHARACTER}[2Jb" in text
+
+
+def test_a_flat_and_an_empty_series_can_be_drawn():
+    flat = Chart("Flat", "x", "y", (Series("same", (1, 2), (3.0, 3.0)), Series("none", (1, 2), (None, float("nan")))))
+    lines = lines_of(Document("t", "s", blocks=(flat,)))
+    assert "same   ▁▁      3.000   3.000    3.000     3.000" in lines
+    assert "none   ··          –       –        –         –" in lines
+
+
+def test_long_scales_show_their_ends():
+    many = Chart("Loss", "step", "loss", (Series("a", tuple(range(100)), tuple(range(100))),))
+    assert "step 0, …, 99; ▁ 0, █ 99" in lines_of(Document("t", "s", blocks=(many,)), 180)
+
+
+def test_a_thing_that_is_no_block_is_refused():
+    with pytest.raises(TypeError, match="got str"):
+        shown(Document("t", "s", blocks=("text",)))  # type: ignore[arg-type]
