@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -76,3 +78,16 @@ def test_numbers_go_to_the_right():
     assert not is_numeric(["layer1.0", 3])
     assert not is_numeric([True, False])
     assert not is_numeric([None])
+
+
+def test_importing_documents_imports_no_renderer():
+    """`doctor` and `lab` describe their results where neither rich nor plotly is installed."""
+    code = "import sys, steadynorm.report as r; print(sorted({'rich', 'jinja2', 'plotly'} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize(("renderer", "extra"), [("terminal", "cli"), ("html", "report")])
+def test_a_missing_extra_is_said_with_the_command_that_brings_it(renderer, extra):
+    code = f"import sys; sys.modules.update(rich=None, jinja2=None); import steadynorm.report.{renderer}"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stderr.strip().endswith(f"pip install 'steadynorm[{extra}]'")

@@ -100,3 +100,19 @@ def test_long_scales_show_their_ends():
 def test_a_thing_that_is_no_block_is_refused():
     with pytest.raises(TypeError, match="got str"):
         shown(Document("t", "s", blocks=("text",)))  # type: ignore[arg-type]
+
+
+def test_progress_is_silent_where_nobody_watches():
+    stream = StringIO()
+    with terminal.progress("training", Console(file=stream, _environ={})) as advance:
+        advance(1, 2)
+    assert stream.getvalue().strip() == ""
+
+
+def test_progress_shows_what_is_done_and_what_is_left():
+    stream = StringIO()
+    watched = Console(file=stream, force_terminal=True, width=100, _environ={})
+    with terminal.progress("[training]", watched) as advance:
+        advance(1, 2)
+    assert "[training]" in stream.getvalue()
+    assert "1/2" in stream.getvalue()

@@ -201,7 +201,7 @@ def column_texts(cells: Sequence[Cell]) -> list[str]:
 
 def is_numeric(cells: Sequence[Cell]) -> bool:
     """Whether a column holds numbers, or text that begins like one ("0.93 ± 0.01"), and is aligned to the right."""
-    present = [c for c in cells if c is not None]
+    present = [c for c in cells if c not in (None, MISSING)]
     return bool(present) and all(
         not isinstance(c, bool) and (isinstance(c, Real) or re.match(r"[-−+±]?\.?\d", str(c)) is not None)
         for c in present
