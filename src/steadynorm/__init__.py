@@ -1,3 +1,46 @@
 """steadynorm makes normalization in deep learning dependable."""
 
+import importlib
+import typing
+
+if typing.TYPE_CHECKING:
+    from steadynorm import errors as errors
+    from steadynorm import functional as functional
+    from steadynorm import layers as layers
+    from steadynorm.layers import BatchNorm1d as BatchNorm1d
+    from steadynorm.layers import BatchNorm2d as BatchNorm2d
+    from steadynorm.layers import BatchNorm3d as BatchNorm3d
+    from steadynorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
+    from steadynorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
+    from steadynorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
+
 __version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "__version__",
+    "errors",
+    "functional",
+    "layers",
+]
+
+# Where a name lives; it is imported when it is first asked for. A name that is not here is a submodule.
+_HOMES = dict.fromkeys((name for name in __all__ if "BatchNorm" in name), "layers")
+
+if not typing.TYPE_CHECKING:
+
+    def __getattr__(name):  # noqa: ANN001, ANN202
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
+        value = getattr(home, name) if name in _HOMES else home
+        globals()[name] = value
+        return value
+
+    def __dir__():  # noqa: ANN202
+        return sorted({*globals(), *__all__})

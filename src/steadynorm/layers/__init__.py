@@ -1,12 +1,6 @@
 """Normalization layers: subclasses of torch.nn's own, with the same signatures and the same state_dict."""
 
-from steadynorm.layers.batch import (
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    LazyBatchNorm1d,
-    LazyBatchNorm2d,
-    LazyBatchNorm3d,
-)
+from steadynorm.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from steadynorm.layers.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]

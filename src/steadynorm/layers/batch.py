@@ -1,4 +1,4 @@
-"""BatchNorm1d, BatchNorm2d, BatchNorm3d and their lazy forms.
+"""BatchNorm1d, BatchNorm2d, BatchNorm3d.
 
 A layer holds settings and calls the functional. It is a subclass of the torch.nn layer of its name, with the same
 parameters, buffers and state_dict; `switches` says what decides which statistics it uses and whether they move.
@@ -87,32 +87,38 @@ class BatchNorm(Switches):
             DegenerateStatisticsError: one value per channel in training, unless ``single_value="running"``.
             NonFiniteStatisticsError: the statistics of the batch are not finite, with ``guard="raise"``.
         """
+        if isinstance(input, torch.fx.Proxy):
+            return _as_leaf(self, input, residual=residual, mask=mask, lengths=lengths)
         self._check_settings()
         self._check_input_dim(input)
         mask = self._valid(input, mask, lengths)
-        by_batch, updates = self._decide(input)
+        running = self._running()
+        by_batch, updates = self._decide(input, running is not None)
         weight, bias = self._trained(self.weight), self._trained(self.bias)
         extras: dict[str, Any] = {"eps": self.eps, "residual": residual, "activation": self.activation, "mask": mask}
-        if by_batch:
+        if by_batch or running is None:
             y, moments = functional.normalize_batch(input, weight, bias, **extras)
         else:
-            y = functional.normalize_running(input, *self._given(), weight, bias, **extras)
+            y = functional.normalize_running(input, *self._steady(running), weight, bias, **extras)
             if updates:
                 moments = functional.normalize_batch(input.detach(), mask=mask)[1]
-        if updates:
-            self._remember(moments)
+        if updates and running is not None:
+            self._remember(running, moments)
         return y
 
-    def _decide(self, x: Tensor) -> tuple[bool, bool]:
+    def _running(self) -> tuple[Tensor, Tensor] | None:
+        mean, var = self.running_mean, self.running_var
+        return None if mean is None or var is None else (mean, var)
+
+    def _decide(self, x: Tensor, has_running: bool) -> tuple[bool, bool]:
         """Whether this call normalises by its batch, and whether the running statistics move."""
-        has_running = self.running_mean is not None and self.running_var is not None
         by_batch = self.training or not has_running
         if self.normalize_by is not None:
             by_batch = self.normalize_by == "batch"
         updates = self.training and self.track_running_stats
         if self.update_running is not None:
             updates = self.update_running
-        values = x.numel() // max(x.shape[1], 1)
+        values = x.numel() // max(self.num_features, 1)
         if values == 1 and by_batch and self.training:
             if self.single_value == "error":
                 raise DegenerateStatisticsError(checks.about_single_value(self, x))
@@ -125,31 +131,24 @@ class BatchNorm(Switches):
         # Fewer than two values say nothing about a variance.
         return by_batch, updates and has_running and values > 1
 
-    def _running(self) -> tuple[Tensor, Tensor]:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        return self.running_mean, self.running_var
-
-    def _given(self) -> tuple[Tensor, Tensor]:
-        """The running statistics to normalise by: copies where a later call may move what backward has saved."""
-        mean, var = self._running()
+    def _steady(self, running: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Running statistics that stay as they are until the backward pass: copies, unless they never move."""
         if self.update_running is False or not torch.is_grad_enabled():
-            return mean, var
-        return mean.clone(), var.clone()
+            return running
+        return running[0].clone(), running[1].clone()
 
-    def _remember(self, moments: Moments) -> None:
-        mean, var = self._running()
+    def _remember(self, running: tuple[Tensor, Tensor], moments: Moments) -> None:
         if isinstance(moments.count, Tensor):
             # One valid value is as good as none. How many a mask leaves, only the device knows.
-            moments = moments._replace(count=torch.where(moments.count > 1, moments.count, 0))
+            enough = torch.where(moments.count > 1, moments.count, 0)
+            moments = Moments(moments.mean, moments.var, enough)
         if self.guard == "raise":
             if torch.compiler.is_compiling():
-                torch.ops.steadynorm.require_finite(moments.mean, moments.var, mean, checks.name(self))
+                torch.ops.steadynorm.require_finite(moments.mean, moments.var, running[0], checks.name(self))
             elif not torch._C._are_functorch_transforms_active():
                 require_finite(moments.mean, moments.var, lambda: checks.name(self))
         functional.update_running_(
-            mean,
-            var,
+            *running,
             moments,
             self.momentum,
             num_batches_tracked=self.num_batches_tracked,
@@ -218,6 +217,12 @@ def _is_narrow(x: Tensor) -> bool:
     return x.is_floating_point() and torch.finfo(x.dtype).bits < 32
 
 
+def _as_leaf(layer: nn.Module, x: Any, **kwargs: Any) -> Any:
+    """One node for the whole layer in a graph that torch.fx traces, as torch.nn's own layers get."""
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), given)
+
+
 class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
     """`BatchNorm2d` for (N, C) and (N, C, L)."""
 
@@ -255,53 +260,4 @@ class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
 class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
     """`BatchNorm2d` for (N, C, D, H, W)."""
 
-    ranks = (5,)
-
-
-class LazyBatchNorm(nn.modules.batchnorm._LazyNormBase, BatchNorm):
-    """What the lazy forms share: num_features is that of the first input."""
-
-    def __init__(
-        self,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        bias: bool = True,
-        activation: str | None = None,
-        guard: Guard = "skip",
-        single_value: SingleValue = "error",
-    ) -> None:
-        super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
-        self._configure(bias, activation, guard, single_value)
-
-    def initialize_parameters(self, input: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Take num_features from `input` (N, C, *); what else the call brings plays no part."""
-        checks.check_input(self, input, self.ranks, self.num_features or None)
-        super().initialize_parameters(input)
-        # torch.nn leaves it at 0 where there is nothing to make, or where a state_dict has made it.
-        self.num_features = input.shape[1]
-
-
-class LazyBatchNorm1d(LazyBatchNorm, nn.LazyBatchNorm1d):
-    """`BatchNorm1d` that takes num_features from its first input."""
-
-    cls_to_become = BatchNorm1d
-    ranks = (2, 3)
-
-
-class LazyBatchNorm2d(LazyBatchNorm, nn.LazyBatchNorm2d):
-    """`BatchNorm2d` that takes num_features from its first input."""
-
-    cls_to_become = BatchNorm2d
-    ranks = (4,)
-
-
-class LazyBatchNorm3d(LazyBatchNorm, nn.LazyBatchNorm3d):
-    """`BatchNorm3d` that takes num_features from its first input."""
-
-    cls_to_become = BatchNorm3d
     ranks = (5,)

@@ -1,5 +1,7 @@
 """What a layer says about a tensor it cannot take, and the mask that lengths stand for."""
 
+import sys
+
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +14,14 @@ LAYER_FOR = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm
 def name(module: nn.Module) -> str:
     """How messages call a layer: "BatchNorm2d at features.3", or its class where no model is being called."""
     kind = type(module).__name__
-    if torch.compiler.is_compiling():
-        return kind
-    path = module_path(module)
+    # The walk up the call stack is not for a compiler to trace; one that is not in use is not worth importing.
+    walk = torch.compiler.disable(module_path) if "torch._dynamo" in sys.modules else module_path
+    path = walk(module).removeprefix("_orig_mod.")
     return kind if path == kind else f"{kind} at {path}"
+
+
+# What torch.compiler.assume_constant_result does, less the import of the compiler, which takes longer than ours.
+name._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_input(module: nn.Module, x: Tensor, ranks: tuple[int, ...], channels: int | None) -> None:
