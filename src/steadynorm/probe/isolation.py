@@ -1,0 +1,181 @@
+"""Does the output for one sample depend on the others? Change its batch mates, and look at every module.
+
+Sample 0 stays, its mates are swapped for others, the shape of the batch stays the same. On one shape a sample that
+stands alone gives the same bits (60 architectures, float32 and bfloat16: not one bit differed), which comparing two
+batch sizes would not. The output alone is not enough: a residual branch that starts at zero hides what happens in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steadynorm.probe import effects
+from steadynorm.probe.facts import Leak
+from steadynorm.probe.samples import join, map_tensors, readings, sample_count, shapes, take, tensors_in
+from steadynorm.probe.trace import Forward, NotPossible, Watcher, inputs_of, run, watching
+
+# A prime: sizes inside a network are rarely multiples of it, so that a size is not mistaken for the samples.
+GROUP = 5
+# Where a repeated pass does not give the same bits (some kernels on a GPU), ten times its difference is the floor.
+FLOOR_FACTOR = 10.0
+# Below this a difference is rounding of float64 sums, not a leak.
+SMALLEST_CHANGE = 1e-7
+
+Readings = list[list[Tensor]]
+
+
+@dataclass
+class _Record:
+    """What sample 0 may be in the tensors into and out of one call."""
+
+    path: str
+    class_name: str
+    parent: "_Record | None"
+    inputs: Readings
+    outputs: Readings = field(default_factory=list)
+
+
+class _Recorder(Watcher):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.records: list[_Record] = []
+        self._open: list[_Record] = []
+
+    def enter(self, path: str, module: nn.Module, inputs: Any) -> None:
+        parent = self._open[-1] if self._open else None
+        self._open.append(_Record(path, type(module).__name__, parent, self._read(inputs)))
+        super().enter(path, module, inputs)
+
+    def leave(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        super().leave(path, module, inputs, output)
+        record = self._open[len(self.active)]
+        del self._open[len(self.active) :]
+        record.outputs = self._read(output)
+        self.records.append(record)
+
+    def _read(self, value: Any) -> Readings:
+        # Copies, since later operations in place would change them.
+        return [[part.clone() for part in readings(tensor, self.count)] for tensor in tensors_in(value)]
+
+
+def leaks(
+    model: nn.Module, batches: Sequence[Any], forward: Forward, task: effects.Task = effects.UNJUDGED
+) -> tuple[Leak, ...]:
+    """The innermost modules in which a sample meets its batch mates.
+
+    Raises:
+        NotPossible: the samples cannot be told apart, or the model takes another way for other data.
+    """
+    here, there = _two_groups(batches, forward)
+    count = sample_count(inputs_of(here, forward))
+    assert count is not None
+    first, again, other = (_record(model, batch, forward, count) for batch in (here, here, there))
+    if not [r.path for r in first] == [r.path for r in again] == [r.path for r in other]:
+        raise NotPossible("the model does not call the same modules for two batches of the same shape")
+    floors = [SMALLEST_CHANGE + FLOOR_FACTOR * _change(a.outputs, b.outputs) for a, b in zip(first, again, strict=True)]
+    sources = _sources(first, other, floors)
+    if not sources:
+        return ()
+    tainted = _tainted(model, here, forward, count)
+    effect = effects.of_mates(model, batches, forward, task)
+    hidden = _change(first[-1].outputs, other[-1].outputs)
+    return tuple(
+        Leak(
+            path=first[i].path,
+            class_name=first[i].class_name,
+            change=_change(first[i].outputs, other[i].outputs),
+            output_change=hidden if hidden > floors[-1] else 0.0,
+            is_confirmed=first[i].path in tainted,
+            effect=effect,
+        )
+        for i in sources
+    )
+
+
+def _two_groups(batches: Sequence[Any], forward: Forward) -> tuple[Any, Any]:
+    """Two batches of one shape that share sample 0 and nothing else, as far as there are samples."""
+    batch = batches[0]
+    count = sample_count(inputs_of(batch, forward))
+    if count is None:
+        raise NotPossible("the tensors of a batch differ in their first size, so its samples cannot be told apart")
+    if count == 1:
+        same = [b for b in batches if shapes(b) == shapes(batch)]
+        if len(same) < 3:
+            raise NotPossible("a batch holds a single sample: give batches of 2 or more")
+        return join(same[0], same[1]), join(same[0], same[2])
+    size = min(GROUP, count)
+    here = list(range(size))
+    # The mates come from the end of the batch; in a small one they change places or repeat sample 0.
+    there = [0, *range(count - 1, 0, -1)][:size]
+    if any(a == b for a, b in zip(here[1:], there[1:], strict=True)):
+        there = [0] * size
+    return take(batch, here), take(batch, there)
+
+
+def _record(model: nn.Module, batch: Any, forward: Forward, count: int) -> list[_Record]:
+    recorder = _Recorder(count)
+    with watching(model, recorder):
+        run(model, batch, forward)
+    return recorder.records
+
+
+def _sources(first: list[_Record], other: list[_Record], floors: list[float]) -> list[int]:
+    """Calls whose inputs agree for sample 0 and whose outputs do not, without one inside them that explains it."""
+    sources = []
+    explained: set[int] = set()
+    for i, (a, b) in enumerate(zip(first, other, strict=True)):
+        is_source = _change(a.inputs, b.inputs) <= SMALLEST_CHANGE and _change(a.outputs, b.outputs) > floors[i]
+        if is_source and id(a) not in explained:
+            sources.append(i)
+        if is_source or id(a) in explained:
+            explained.add(id(a.parent))
+    return sources
+
+
+def _change(a: Readings, b: Readings) -> float:
+    """Largest relative difference over all tensors, each in the reading that makes it smallest."""
+    return max(
+        (min(map(_difference, x, y), default=0.0) for x, y in zip(a, b, strict=False)),
+        default=0.0,
+    )
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return 0.0  # lengths that follow the data: nothing to compare
+    if torch.equal(a, b) or a.numel() == 0:
+        return 0.0
+    if not a.is_floating_point():
+        return 1.0
+    a, b = a.double(), b.double()
+    differs = (a != b) & ~(a.isnan() & b.isnan())
+    if not (torch.isfinite(a[differs]).all() and torch.isfinite(b[differs]).all()):
+        return torch.inf
+    largest = a[torch.isfinite(a)].abs().max() if torch.isfinite(a).any() else a.new_ones(())
+    return float(((a - b)[differs].abs().max() if differs.any() else 0.0) / largest.clamp(min=1e-30))
+
+
+def _tainted(model: nn.Module, batch: Any, forward: Forward, count: int) -> set[str]:
+    """Modules that a NaN in the other samples reaches sample 0 in, while sample 0 of their inputs is free of it.
+
+    A second witness only: NaN also crosses where other samples are multiplied by zero, which is no dependence.
+    """
+
+    def poison(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or not tensor.dim() or tensor.shape[0] != count:
+            return tensor
+        return torch.cat([tensor[:1], torch.full_like(tensor[1:], torch.nan)])
+
+    try:
+        records = _record(model, map_tensors(poison, batch), forward, count)
+    except Exception:  # a model may refuse NaN: then there is one witness
+        return set()
+    return {r.path for r in records if _is_nan(r.outputs) and not _is_nan(r.inputs)}
+
+
+def _is_nan(found: Readings) -> bool:
+    return any(parts and all(bool(part.isnan().any()) for part in parts) for parts in found)

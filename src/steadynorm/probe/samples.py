@@ -1,0 +1,118 @@
+"""Samples in whatever a model takes and gives: tensors in tuples, dictionaries and dataclasses."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Keys under which models that take a dictionary expect their target.
+TARGET_KEYS = ("labels", "label", "target", "targets")
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a nested value, in a fixed order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for entry in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, entry.name))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The same nested value with `function` applied to every tensor; what cannot be rebuilt stays as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [map_tensors(function, item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        entries = [entry.name for entry in dataclasses.fields(value) if entry.init]
+        return dataclasses.replace(value, **{name: map_tensors(function, getattr(value, name)) for name in entries})
+    return value
+
+
+def sample_count(inputs: Any) -> int | None:
+    """How many samples the inputs of a model hold: the first size that all their tensors share, else None."""
+    sizes = {tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def take(batch: Any, indices: list[int]) -> Any:
+    """The samples `indices` of a batch: of every tensor in it whose first size is the number of samples."""
+    first = next((tensor for tensor in tensors_in(batch) if tensor.dim()), None)
+    if first is None:
+        return batch
+    count = first.shape[0]
+
+    def pick(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or tensor.shape[0] != count:
+            return tensor
+        return tensor.index_select(0, torch.tensor(indices, device=tensor.device))
+
+    return map_tensors(pick, batch)
+
+
+def join(a: Any, b: Any) -> Any:
+    """The samples of `a` and then those of `b`, two batches of one structure."""
+    others = iter(list(tensors_in(b)))
+
+    def attach(tensor: Tensor) -> Tensor:
+        other = next(others)
+        return torch.cat([tensor, other]) if tensor.dim() else tensor
+
+    return map_tensors(attach, a)
+
+
+def shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    """The shapes of all tensors of a batch."""
+    return tuple(tuple(tensor.shape) for tensor in tensors_in(batch))
+
+
+def readings(tensor: Tensor, count: int) -> list[Tensor]:
+    """Every part of `tensor` that may be what sample 0 of `count` samples is; none if no size fits.
+
+    A tensor is read in all ways that its sizes allow: samples first; samples folded with something else into the first
+    size, on either side; samples second, as in time-major sequences.
+    """
+    found = []
+    if tensor.dim() and tensor.shape[0] % count == 0 and tensor.shape[0]:
+        block = tensor.shape[0] // count
+        found.append(tensor[:block])
+        if block > 1:
+            found.append(tensor[::count])
+    if tensor.dim() > 1 and tensor.shape[1] == count:
+        found.append(tensor[:, 0])
+    return found
+
+
+def is_broken_input(tensor: Tensor) -> bool:
+    """Whether a tensor holds a NaN, or an infinity without being a mask of zeros and minus infinities."""
+    if not tensor.is_floating_point() or torch.isfinite(tensor).all():
+        return False
+    return not bool(((tensor == 0) | (tensor == -torch.inf)).all())
+
+
+def scores(output: Any, batch: Any) -> Tensor | None:
+    """The class scores (N, K, *) in an output, where the batch holds the classes (N, *) that they are scores of."""
+    if isinstance(batch, Mapping):
+        found: Any = [batch[key] for key in TARGET_KEYS if key in batch]
+    else:
+        found = batch[1:] if isinstance(batch, list | tuple) else ()
+    for target in tensors_in(found):
+        if target.is_floating_point() or target.dtype == torch.bool:
+            continue
+        for tensor in tensors_in(output):
+            has_classes = tensor.is_floating_point() and tensor.dim() > 1 and tensor.shape[1] > 1
+            if has_classes and tensor.shape[:1] + tensor.shape[2:] == target.shape:
+                return tensor
+    return None
