@@ -1,4 +1,5 @@
 import json
+import re
 from html.parser import HTMLParser
 from itertools import pairwise
 
@@ -125,3 +126,25 @@ def test_hostile_strings_stay_text():
 
 def test_the_same_documents_give_the_same_page():
     assert html.render([FINDINGS, STUDY], "A") == html.render([FINDINGS, STUDY], "A")
+
+
+def themes():
+    """The colours of the style sheet by name: in light, and in dark."""
+    blocks = re.findall(r":root \{(.*?)\}", html._asset("page.css"), re.DOTALL)
+    return [dict(re.findall(r"--([\w-]+): (#\w{6})\b", block)) for block in blocks]
+
+
+def luminance(colour):
+    """Relative luminance of "#rrggbb". Source: WCAG 2.2, definition of relative luminance."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("colours", themes(), ids=["light", "dark"])
+def test_text_stands_out_from_its_ground(colours):
+    pairs = [(text, ground) for text in ("ink", "soft", "accent") for ground in ("ground", "paper")]
+    pairs += [(status, f"{status}-ground") for status in ("ok", "note", "warning", "error")]
+    for text, ground in pairs:
+        lighter, darker = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, f"{text} on {ground}"
