@@ -142,7 +142,8 @@ def _declared_lr(optimizer: Callable[..., Any] | None) -> float:
 
 def _fingerprint(module: ModuleType, weights: str | Path | None) -> str:
     """Of the recipe's file, of the user's modules that it takes names from, and of the weights."""
-    sources = {module} | {sys.modules.get(getattr(value, "__module__", "")) for value in vars(module).values()}
+    values = [module, *vars(module).values()]
+    sources = [v if isinstance(v, ModuleType) else sys.modules.get(getattr(v, "__module__", "")) for v in values]
     files = {file for source in sources if (file := getattr(source, "__file__", None)) and is_users(file)}
     digest = hashlib.sha256()
     for file in [*sorted(files), *([] if weights is None else [weights])]:
@@ -277,10 +278,8 @@ def train(
     if recipe.loss is None:
         raise RecipeError(f"the recipe {recipe.name} cannot be trained without a loss: add {SIGNATURES['loss']}.")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    if recipe.optimizer is None:
-        optimizer: Optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9)
-    else:
-        optimizer = recipe.optimizer(parameters, lr)
+    with attributed("the optimizer"):
+        optimizer = (recipe.optimizer or _sgd)(parameters, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     with seeded(seed), _mode(model, training=True):
         for step, batch in enumerate(_epochs(recipe, batch_size, steps, seed), start=1):
@@ -295,6 +294,10 @@ def train(
             if on_step is not None:
                 on_step(step, loss.item())
     optimizer.zero_grad(set_to_none=True)
+
+
+def _sgd(parameters: Iterable[nn.Parameter], lr: float) -> Optimizer:
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
 
 
 def _epochs(recipe: Recipe, batch_size: int, steps: int, seed: int) -> Iterator[Any]:

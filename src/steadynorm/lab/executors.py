@@ -1,0 +1,150 @@
+"""Where cells run: one after the other in this process, or in local worker processes."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from queue import Queue
+
+from steadynorm import machine
+from steadynorm.errors import SteadynormError
+from steadynorm.lab.axes import Cell
+from steadynorm.lab.trials import Budget, trial
+from steadynorm.recipe import Recipe
+
+# Each worker holds a model and its data; more than this is for whoever knows that the memory is there.
+MAX_DEFAULT_WORKERS = 4
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell: its numbers, or the error that ended it."""
+
+    numbers: dict[str, float]
+    seconds: float
+    error: str | None = None
+
+
+def default_workers(cells: int) -> int:
+    """As many workers as there are cores and cells, up to four."""
+    return max(1, min(machine.core_count(), cells, MAX_DEFAULT_WORKERS))
+
+
+def measure(recipe: Recipe, cell: Cell, budget: Budget) -> Outcome:
+    """Run one cell; whatever it raises is its outcome."""
+    started = time.perf_counter()
+    try:
+        numbers, error = trial(recipe, cell, budget), None
+    except SteadynormError as raised:
+        numbers, error = {}, str(raised)
+    except Exception as raised:
+        numbers, error = {}, f"{type(raised).__name__}: {raised}"
+    return Outcome(numbers, time.perf_counter() - started, error)
+
+
+def in_this_process(recipe: Recipe, cells: Sequence[Cell], budget: Budget) -> Iterator[tuple[Cell, Outcome]]:
+    """Run the cells one after the other."""
+    for cell in cells:
+        yield cell, measure(recipe, cell, budget)
+
+
+def in_processes(recipe: Recipe, cells: Sequence[Cell], budget: Budget, workers: int) -> Iterator[tuple[Cell, Outcome]]:
+    """Run the cells in `workers` processes, which share the cores; outcomes come as they finish.
+
+    A process that dies (out of memory, a crash in native code) costs the cell it was at, not the run.
+    """
+    waiting = iter(cells)
+    lock = threading.Lock()
+    finished: Queue[tuple[Cell, Outcome] | BaseException] = Queue()
+    crew = [_Worker(recipe, budget, max(1, machine.core_count() // workers)) for _ in range(workers)]
+
+    def keep_busy(worker: _Worker) -> None:
+        try:
+            while True:
+                with lock:
+                    cell = next(waiting, None)
+                if cell is None:
+                    return
+                finished.put((cell, worker.measure(cell)))
+        except BaseException as error:  # a thread's exception would be lost, and the reader wait for ever
+            finished.put(error)
+
+    try:
+        for worker in crew:
+            threading.Thread(target=keep_busy, args=(worker,), daemon=True).start()
+        for _ in cells:
+            result = finished.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        with lock:
+            waiting = iter(())
+        for worker in crew:
+            worker.stop()
+
+
+class _Worker:
+    """A process that measures one cell after the other, started when the first one comes and again when it died."""
+
+    def __init__(self, recipe: Recipe, budget: Budget, threads: int) -> None:
+        self.task = {
+            "spec": recipe.spec,
+            "weights": recipe.weights,
+            "fingerprint": recipe.fingerprint,
+            "budget": budget.to_dict(),
+            "threads": threads,
+        }
+        self.threads = threads
+        self.process: subprocess.Popen[str] | None = None
+        self.complaints = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by stop()
+
+    def measure(self, cell: Cell) -> Outcome:
+        started = time.perf_counter()
+        process = self.process = self.process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(asdict(cell)) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if answer.endswith("\n"):
+            return Outcome(**json.loads(answer))
+        self.process = None
+        return Outcome({}, time.perf_counter() - started, f"the worker process died ({self._last_words(process)})")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        self.complaints.close()
+
+    def _start(self) -> subprocess.Popen[str]:
+        limits = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
+        path = os.pathsep.join(filter(None, sys.path))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "steadynorm.lab.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.complaints,
+            text=True,
+            env={**os.environ, **limits, "PYTHONPATH": path},
+        )
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(self.task) + "\n")
+        process.stdin.flush()
+        return process
+
+    def _last_words(self, process: subprocess.Popen[str]) -> str:
+        code = process.wait()
+        self.complaints.seek(0)
+        lines = self.complaints.read().strip().splitlines()
+        return f"signal {-code}" if code < 0 else f"exit code {code}{f': {lines[-1]}' if lines else ''}"
