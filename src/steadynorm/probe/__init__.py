@@ -24,8 +24,11 @@ SAMPLES = 256
 # The gap between training and evaluation mode is an average over outputs: it is known well from few batches.
 GAP_SAMPLES = 128
 
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the share of the examination that is behind, 0 to 1."""
+Progress = Callable[[int, int], None]
+"""Called with how many parts are done, and of how many."""
+
+# In the order of `_Observer.look`, which is also what progress counts.
+STAGES = 7
 
 
 def observe(
@@ -76,7 +79,7 @@ class _Observer:
         self, model: nn.Module, forward: Forward, task: Task, parts: frozenset[Part], on_progress: Progress | None
     ) -> None:
         self.model, self.forward, self.task, self.wanted = model, forward, task, parts
-        self.on_progress = on_progress
+        self.on_progress, self.stage = on_progress, 0
         self.found: dict[str, Any] = {}
         self.failures: list[Failure] = []
         self.skipped: dict[Part, str] = {}
@@ -86,7 +89,7 @@ class _Observer:
 
     def look(self, batches: Source, train_batches: Source | None, samples: int) -> None:
         """All parts that were asked for, in an order in which each has what it needs."""
-        if not self._try(("state",), self._state) or self.wanted == {"state"}:
+        if not self._try(("state",), self._state) or self.wanted <= {"state"}:
             return
         self._gather(batches, train_batches, samples)
         if not self.here or not self.there:
@@ -116,8 +119,9 @@ class _Observer:
         """Do one thing; if it cannot be done, the parts that rest on it are skipped, with the reason."""
         if all(part in self.skipped for part in parts):
             return False
+        self.stage += 1
         if self.on_progress is not None:
-            self.on_progress(DOING[action.__name__], list(DOING).index(action.__name__) / len(DOING))
+            self.on_progress(min(self.stage, STAGES), STAGES)
         watcher = Watcher()
         affected = PARTS if parts[0] in ("state", "forward") and action.__name__ != "_dead_biases" else parts
         try:
@@ -196,14 +200,3 @@ class _Observer:
         finally:
             self.stored.put()
         self.found["drift"] = found
-
-
-DOING = {
-    "_state": "looking at the stored statistics",
-    "_forward": "following a batch through the model",
-    "_dead_biases": "moving biases that a norm may take out",
-    "_isolation": "exchanging the batch mates of a sample",
-    "_recalibrate": "recalibrating the statistics on the data",
-    "_training": "comparing training and evaluation mode",
-    "_drift": "measuring what stale statistics cost",
-}

@@ -23,6 +23,7 @@ class Norm:
         nonfinite, negative: channels whose running mean or variance is NaN or infinite; whose variance is below zero.
         has_initial_statistics: whether every mean is 0 and every variance 1.
         has_initial_affine: whether its weight is all ones or all zeros and its bias all zeros, as when it was made.
+        takes_single_values: whether one value per statistic in training is met by the running statistics, by option.
     """
 
     path: str
@@ -41,6 +42,7 @@ class Norm:
     negative: int = 0
     has_initial_statistics: bool = False
     has_initial_affine: bool = True
+    takes_single_values: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ def _norm(path: str, layer: nn.Module, in_training: set[str]) -> Norm:
         has_statistics=has_statistics,
         batches_tracked=int(tracked) if isinstance(tracked, torch.Tensor) else None,
         has_initial_affine=_has_initial_affine(layer),
+        takes_single_values=getattr(layer, "single_value", "error") == "running",
     )
     return _with_statistics(norm, layer) if has_statistics else norm
 

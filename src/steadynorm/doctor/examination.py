@@ -1,0 +1,140 @@
+"""A model is observed, and every rule says what it sees in the facts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from steadynorm import recipe as recipes
+from steadynorm.doctor.diagnosis import Diagnosis, Judgement
+from steadynorm.doctor.finding import SEVERITIES
+from steadynorm.doctor.rules import RULES, Rule, code_of
+from steadynorm.errors import InputError, RecipeError
+from steadynorm.probe import STAGES, Loss, Metrics, Progress, Source, observe
+from steadynorm.recipe import Recipe, call, seeded
+
+# Enough for the running statistics to settle with a momentum of 0.1, and for digits to be told apart (0.99).
+TRAINING_STEPS = 100
+
+
+def examine(
+    model: nn.Module,
+    batches: Source,
+    *,
+    train_batches: Source | None = None,
+    loss: Loss | None = None,
+    metrics: Metrics | None = None,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    on_progress: Progress | None = None,
+) -> Diagnosis:
+    """The normalization faults of `model`. It comes out exactly as it went in.
+
+    Args:
+        batches: of evaluation data, or a function that gives them. A batch is `inputs` or `(inputs, target, ...)`, as
+            in a recipe.
+        train_batches: of training data; without them the rules about training are listed as not checked.
+        loss: (output, batch) to a scalar. Without it, effects are told as changes of the output.
+        metrics: (output, batch) to {name: number}, higher is better; the first one is used.
+        select: codes, or beginnings of codes, of the rules to check; none is all.
+        ignore: codes, or beginnings of codes, of rules to leave out.
+        on_progress: called with how many parts are done, and of how many.
+
+    Raises:
+        InputError: there is no batch, a code fits no rule, or loss or metrics cannot be computed.
+    """
+    rules = _selected(select, ignore)
+    needed = {part for rule in rules for part in rule.needs}
+    facts = observe(
+        model,
+        batches,
+        forward=call,
+        train_batches=train_batches,
+        loss=loss,
+        metrics=metrics,
+        parts=needed,
+        on_progress=on_progress,
+    )
+    found = {code_of(rule): tuple(rule.check(facts)) for rule in rules}
+    unchecked = {}
+    for rule in rules:
+        missing = [facts.skipped[part] for part in rule.needs if part in facts.skipped]
+        if missing and not found[code_of(rule)]:
+            unchecked[code_of(rule)] = missing[0]
+    findings = sorted((f for group in found.values() for f in group), key=lambda f: SEVERITIES.index(f.severity))
+    return Diagnosis(
+        findings=tuple(findings),
+        checked=tuple(code for code in found if code not in unchecked),
+        unchecked=unchecked,
+        facts=facts,
+        title=f"Diagnosis of {type(model).__name__}",
+        judgement=Judgement(train_batches, loss, metrics),
+    )
+
+
+def _selected(select: Sequence[str], ignore: Sequence[str]) -> tuple[Rule, ...]:
+    codes = [code_of(rule) for rule in RULES]
+    for prefix in (*select, *ignore):
+        if not any(code.startswith(prefix.upper()) for code in codes) or not prefix:
+            raise InputError(f"no rule has the code {prefix!r}: expected one of {', '.join(codes)}, or how they begin.")
+
+    def fits(code: str, prefixes: Sequence[str]) -> bool:
+        return any(code.startswith(prefix.upper()) for prefix in prefixes)
+
+    chosen = [rule for rule in RULES if not select or fits(code_of(rule), select)]
+    chosen = [rule for rule in chosen if not fits(code_of(rule), ignore)]
+    if not chosen:
+        raise InputError("no rule is left: select and ignore exclude each other.")
+    return tuple(chosen)
+
+
+def examine_recipe(
+    recipe: Recipe,
+    *,
+    batch_size: int = 32,
+    steps: int = TRAINING_STEPS,
+    seed: int = 0,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    on_progress: Progress | None = None,
+) -> tuple[nn.Module, Diagnosis]:
+    """The model of a recipe, and its faults.
+
+    A model without weights is first trained briefly, so that its statistics mean something; the diagnosis says so.
+
+    Args:
+        batch_size: of the training and of all batches that are looked at.
+        steps: of the brief training.
+        seed: of the model, the training and the training batches.
+    """
+    advance = on_progress or (lambda done, total: None)
+    total = STAGES + (0 if recipe.has_weights else steps)
+    with seeded(seed):
+        model = recipe.model()
+    remarks = []
+    if not recipe.has_weights:
+        remarks.append(_trained(model, recipe, batch_size, steps, seed, lambda step, _: advance(step, total)))
+    diagnosis = examine(
+        model,
+        lambda: recipe.batches("test", batch_size, 0),
+        train_batches=lambda: recipe.batches("train", batch_size, seed),
+        loss=recipe.loss,
+        metrics=recipe.metrics,
+        select=select,
+        ignore=ignore,
+        on_progress=lambda done, of: advance(total - of + done, total),
+    )
+    return model, replace(diagnosis, remarks=tuple(remarks), title=f"Diagnosis of {recipe.name}")
+
+
+def _trained(
+    model: nn.Module, recipe: Recipe, batch_size: int, steps: int, seed: int, on_step: Callable[[int, float], None]
+) -> str:
+    """Train briefly; what was done, or why it could not be, in a sentence."""
+    if recipe.loss is None:
+        return "No weights were given and the recipe has no loss: the model was examined as it was made."
+    try:
+        recipes.train(model, recipe, batch_size=batch_size, steps=steps, lr=recipe.lr, seed=seed, on_step=on_step)
+    except RecipeError as error:
+        return f"No weights were given, and training stopped: {error}"
+    return f"No weights were given: the model was first trained for {steps} steps at batch size {batch_size}."

@@ -1,0 +1,61 @@
+"""Repairs that are safe: they leave what the model computes alone, or bring its statistics up to date."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from steadynorm import models, recipe
+from steadynorm.errors import SteadynormError
+from steadynorm.probe import drift, state
+from steadynorm.probe.effects import relative_square
+from steadynorm.probe.trace import run
+
+# What folding may change: the rounding of a few additions, in deviations of the output.
+FOLD_TOLERANCE = 1e-4
+
+
+class UnhelpfulError(SteadynormError):
+    """A repair that did not do what it should; it is taken back."""
+
+
+def recalibrate_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: Iterable[Any]) -> None:
+    """Give the layers of `targets` the statistics of the data, pooled exactly over all batches.
+
+    Only the batch norms that learn are in training mode for it, and only statistics of `targets` change.
+    """
+    paths = [path for (path,) in targets]
+    with models.undisturbed(model):
+        learning = [path for path, norm in state.look(model).items() if norm.learns]
+        recalibration = drift.recalibrate(model, list(batches), recipe.call, learning)
+    for path, (mean, var) in recalibration.statistics(paths).items():
+        running_mean, running_var = models.running_statistics(model.get_submodule(path))
+        with torch.no_grad():
+            running_mean.copy_(mean)
+            running_var.copy_(var)
+
+
+def fold_biases_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: Iterable[Any]) -> None:
+    """Take the bias out of each (layer, norm) of `targets`, and out of the running mean of the norm, if it has one.
+
+    Raises:
+        UnhelpfulError: the output in evaluation mode is not the same.
+    """
+    batch = next(iter(batches))
+    with models.undisturbed(model):
+        model.eval()
+        before = run(model, batch, recipe.call)
+    for producer, norm in targets:
+        layer, after = model.get_submodule(producer), model.get_submodule(norm)
+        assert isinstance(layer.bias, nn.Parameter)
+        if models.has_running_statistics(after):
+            running_mean, _ = models.running_statistics(after)
+            with torch.no_grad():
+                running_mean.sub_(layer.bias)
+        layer.register_parameter("bias", None)
+    with models.undisturbed(model):
+        model.eval()
+        change = relative_square(run(model, batch, recipe.call), before) ** 0.5
+    if not change <= FOLD_TOLERANCE:
+        raise UnhelpfulError(f"folding changed the output by {change:.2g} of its deviation")

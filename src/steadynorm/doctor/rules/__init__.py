@@ -1,0 +1,76 @@
+"""The rules: one file each, which is its documentation and its test too.
+
+A rule file is named by its code and its slug. Its docstring is one sentence of advice, then the paragraphs Why, Bad,
+Good and Source; `tests/doctor/test_rules.py` runs Bad and Good. `needs` names the parts of the probe that it reads:
+where one of them could not be looked at, the rule is reported as not checked. `check` is a pure function of the facts.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import Protocol
+
+from steadynorm.doctor.finding import Finding
+from steadynorm.doctor.rules import (
+    SN001_forward_raises,
+    SN002_nonfinite_batches,
+    SN101_one_value_per_statistic,
+    SN102_too_few_values,
+    SN104_dead_bias,
+    SN202_broken_statistics,
+    SN203_stale_statistics,
+    SN801_batch_dependent_evaluation,
+)
+from steadynorm.errors import InputError
+from steadynorm.probe import Facts, Part
+
+
+class Rule(Protocol):
+    """A rule file, as a module."""
+
+    __name__: str
+    __doc__: str | None
+    needs: tuple[Part, ...]
+
+    def check(self, facts: Facts) -> Iterator[Finding]:
+        """The faults of this kind that the facts show."""
+        ...
+
+
+RULES: tuple[Rule, ...] = (
+    SN001_forward_raises,
+    SN002_nonfinite_batches,
+    SN101_one_value_per_statistic,
+    SN102_too_few_values,
+    SN104_dead_bias,
+    SN202_broken_statistics,
+    SN203_stale_statistics,
+    SN801_batch_dependent_evaluation,
+)
+
+
+def code_of(rule: Rule) -> str:
+    """The code of a rule, from the name of its file."""
+    return rule.__name__.rpartition(".")[2].partition("_")[0]
+
+
+def slug_of(rule: Rule) -> str:
+    """The name of a rule, from the name of its file."""
+    return rule.__name__.rpartition(".")[2].partition("_")[2].replace("_", "-")
+
+
+def advice_of(rule: Rule) -> str:
+    """The one sentence of a rule."""
+    return (rule.__doc__ or "").strip().partition("\n")[0]
+
+
+def explain(code: str) -> str:
+    """What a rule says, why, an example that it finds and one that it does not, and where it comes from.
+
+    Raises:
+        InputError: no rule has this code.
+    """
+    for rule in RULES:
+        if code.upper() == code_of(rule):
+            return f"{code_of(rule)} {slug_of(rule)}\n\n{inspect.cleandoc(rule.__doc__ or '')}"
+    codes = ", ".join(map(code_of, RULES))
+    raise InputError(f"no rule has the code {code!r}: expected one of {codes}.")
