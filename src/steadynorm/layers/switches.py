@@ -85,6 +85,11 @@ class Switches(TorchBatchNorm):
         if self.update_running is not False:
             super().reset_running_stats()
 
+    def reset_parameters(self) -> None:
+        """Everything as it was constructed: fresh memory must not stay in a layer because it is frozen."""
+        super().reset_parameters()
+        super().reset_running_stats()
+
     def _trained(self, parameter: nn.Parameter | None) -> Tensor | None:
         """`parameter`, out of reach of gradients where weight and bias do not train."""
         return parameter if parameter is None or self._train_affine else parameter.detach()
