@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,10 +57,19 @@ class Outcome:
 
 @dataclass
 class Bound:
-    """What a number should be and how far from it the candidate may be, elementwise."""
+    """What a number should be, how far from it the candidate may be, and one rounding of it, elementwise."""
 
     expected: Array
     allowed: Array
+    rounding: Array
+
+
+class Error(NamedTuple):
+    """The largest error of one result: as it is, as a share of what is allowed, and in roundings."""
+
+    largest: float
+    share: float
+    roundings: float
 
 
 def assert_agrees(candidate: Candidate, oracle: Oracle, case: Case) -> None:
@@ -162,7 +171,11 @@ def memory(tensor: Tensor) -> Tensor:
 
 
 def bounds(expectation: Expectation, inputs: Inputs, case: Case, dy_tensor: Tensor) -> dict[str, Bound]:
-    """What each result should be and how far off it may be. The size of a number is that of the terms it is made of."""
+    """What each result should be and how far off it may be.
+
+    The size of a number is that of the terms it is made of; of a sum of many, the root of the sum of their squares:
+    that is the size of a sum of roundings, which have no common sign.
+    """
     ahead = expectation.ahead
     dy = array(dy_tensor)
     grads = expectation.gradients(dy)
@@ -171,51 +184,53 @@ def bounds(expectation: Expectation, inputs: Inputs, case: Case, dy_tensor: Tens
     valid = oracles.everywhere(array(inputs.mask), dy)
     weight = 1.0 if inputs.weight is None else np.abs(array(inputs.weight))
     dy_max = _channel_max(np.where(valid, dy, 0.0))
-    dx_size = weight * ahead.invstd * dy_max * (1.0 + _channel_max(ahead.x_hat))
-    terms = oracles.total(np.abs(dy) * (1.0 + np.abs(ahead.x_hat)), valid)
+    slope = weight * ahead.invstd
+    dx_size = slope * dy_max * (1.0 + _channel_max(ahead.x_hat))
+    terms = np.sqrt(oracles.total((dy * (1.0 + np.abs(ahead.x_hat))) ** 2, valid))
+    sum_size = np.abs(grads.dweight) + np.abs(grads.dbias) + terms
     mean_size = np.abs(array(inputs.running_mean)) + np.abs(ahead.mean)
     parameter = case.dtype if inputs.weight is None else inputs.weight.dtype
     statistic = inputs.running_mean.dtype
-    dx_allowed = oracles.spread(loose * dx_size, dy.ndim)
+
+    def bound(expected: Array, relative: Array | float, size: Array, dtype: torch.dtype) -> Bound:
+        allowed, rounding = relative * size, tolerance(case.dtype, 1) / ROUNDINGS * size
+        if rounding.ndim != expected.ndim:
+            allowed, rounding = (oracles.spread(values, expected.ndim) for values in (allowed, rounding))
+        return Bound(expected, _limit(expected, allowed, dtype), np.broadcast_to(rounding, expected.shape))
+
+    dx = bound(grads.dx, loose, dx_size, case.dtype)
     if case.activation is not None and case.dtype.itemsize == 2:
         # The gradient of z is kept in the type of x between the two passes: rounded once more, where it is not dy.
-        slope = oracles.spread(weight * ahead.invstd, dy.ndim)
-        dx_allowed = dx_allowed + half_ulp(case.dtype) * slope * np.abs(grads.dresidual)
-
-    def bound(expected: Array, allowed: Array, dtype: torch.dtype) -> Bound:
-        if allowed.ndim != expected.ndim:
-            allowed = oracles.spread(allowed, expected.ndim)
-        return Bound(expected, _limit(expected, allowed, dtype))
-
+        dx.allowed = dx.allowed + half_ulp(case.dtype) * oracles.spread(slope, dy.ndim) * np.abs(grads.dresidual)
     return {
-        "y": bound(ahead.y, loose * _z_size(expectation, inputs), case.dtype),
-        "dx": bound(grads.dx, dx_allowed, case.dtype),
-        "dresidual": bound(grads.dresidual, loose * dy_max, case.dtype),
-        "dweight": bound(grads.dweight, loose * terms, parameter),
-        "dbias": bound(grads.dbias, loose * terms, parameter),
-        "running_mean": bound(expectation.running_mean, sharp * mean_size, statistic),
-        "running_var": bound(expectation.running_var, loose * expectation.running_var, statistic),
+        "y": bound(ahead.y, loose, _z_size(expectation, inputs), case.dtype),
+        "dx": dx,
+        "dresidual": bound(grads.dresidual, loose, dy_max, case.dtype),
+        "dweight": bound(grads.dweight, loose, sum_size, parameter),
+        "dbias": bound(grads.dbias, loose, sum_size, parameter),
+        "running_mean": bound(expectation.running_mean, sharp, mean_size, statistic),
+        "running_var": bound(expectation.running_var, loose, expectation.running_var, statistic),
     }
 
 
-def errors(outcome: Outcome, expected: dict[str, Bound]) -> dict[str, tuple[float, float]]:
-    """By name: the largest error, and the largest error in units of what is allowed."""
+def errors(outcome: Outcome, expected: dict[str, Bound]) -> dict[str, Error]:
+    """By name, how far off the results are."""
     found = {}
     for name, tensor in outcome.tensors.items():
         bound = expected[name]
         error = np.abs(array(tensor) - bound.expected)
         error = np.where(np.isnan(error), np.inf, error)
         with np.errstate(divide="ignore", invalid="ignore"):
-            share = np.where(error == 0, 0.0, error / bound.allowed)
-        found[name] = (float(error.max(initial=0.0)), float(share.max(initial=0.0)))
+            ratios = [np.where(error == 0, 0.0, error / unit) for unit in (bound.allowed, bound.rounding)]
+        found[name] = Error(*(float(values.max(initial=0.0)) for values in (error, *ratios)))
     return found
 
 
 def _values(outcome: Outcome, expected: dict[str, Bound]) -> list[str]:
     return [
-        f"{name} is off by {worst:.3g}, {share:.3g} times what is allowed"
-        for name, (worst, share) in errors(outcome, expected).items()
-        if not share <= 1.0
+        f"{name} is off by {error.largest:.3g}, {error.share:.3g} times what is allowed"
+        for name, error in errors(outcome, expected).items()
+        if not error.share <= 1.0
     ]
 
 

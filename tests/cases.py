@@ -246,3 +246,4 @@ COLUMNS = tuple(Case(f"columns {c}", (9, c), activation="relu", has_residual=Tru
 TRAINING = (*SHAPES, *LAYOUTS, *VALUES, *DTYPES, *FUSED, *MASKED)
 EVALUATION = tuple(replace(case, name=f"{case.name}, evaluation", training=False) for case in TRAINING)
 ALL = (*TRAINING, *EVALUATION)
+BY_NAME = {case.name: case for case in ALL}

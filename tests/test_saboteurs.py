@@ -14,7 +14,6 @@ from tests.agree import assert_agrees
 from tests.cases import BRAIN, Case
 
 PLAIN = cases.PLAIN
-BY_NAME = {case.name: case for case in cases.ALL}
 
 
 class Honest:
@@ -155,7 +154,7 @@ class EpsOutsideTheRoot(Honest):
 
 
 class EpsForgotten(Honest):
-    case = BY_NAME["tiny variance"]
+    case = cases.BY_NAME["tiny variance"]
     reason = "y is off"
 
     def root(self, var):
@@ -178,7 +177,7 @@ class StaleRunningMean(Honest):
 
 
 class RunningStatisticsMoveInEvaluation(Honest):
-    case = BY_NAME["plain, evaluation"]
+    case = cases.BY_NAME["plain, evaluation"]
     reason = "an input was overwritten"
 
     def statistics(self, x):
@@ -189,7 +188,7 @@ class RunningStatisticsMoveInEvaluation(Honest):
 
 
 class BatchStatisticsInEvaluation(Honest):
-    case = BY_NAME["plain, evaluation"]
+    case = cases.BY_NAME["plain, evaluation"]
     reason = "y is off"
 
     def statistics(self, x):
@@ -218,11 +217,11 @@ class NoSecondCorrection(Honest):
 
 
 class NoSecondCorrectionOfMany(NoSecondCorrection):
-    case = BY_NAME["long"]
+    case = cases.BY_NAME["long"]
 
 
 class CorrectionsInEvaluation(Honest):
-    case = BY_NAME["plain, evaluation"]
+    case = cases.BY_NAME["plain, evaluation"]
     reason = "dx is off"
 
     def correct(self, g, dweight, dbias):
@@ -238,7 +237,7 @@ class WeightGradientOfTheInput(Honest):
 
 
 class BiasGradientBeforeTheActivation(Honest):
-    case = BY_NAME["silu"]
+    case = cases.BY_NAME["silu"]
     reason = "dbias is off"
 
     def through_activation(self, dy):
@@ -252,7 +251,7 @@ class BiasGradientBeforeTheActivation(Honest):
 class GroupsInterleaved(Honest):
     """Channels-last memory read as if it were plain."""
 
-    case = BY_NAME["channels last"]
+    case = cases.BY_NAME["channels last"]
     reason = "y is off"
 
     def widen(self, x):
@@ -260,7 +259,7 @@ class GroupsInterleaved(Honest):
 
 
 class PaddingCounted(Honest):
-    case = BY_NAME["lengths"]
+    case = cases.BY_NAME["lengths"]
     reason = "running_mean"
 
     def batch_statistics(self, x):
@@ -270,7 +269,7 @@ class PaddingCounted(Honest):
 
 
 class PaddingLeaks(Honest):
-    case = BY_NAME["lengths"]
+    case = cases.BY_NAME["lengths"]
     reason = "y is off"
 
     def total(self, values):
@@ -278,7 +277,7 @@ class PaddingLeaks(Honest):
 
 
 class MeanOfSampleMeans(Honest):
-    case = BY_NAME["lengths"]
+    case = cases.BY_NAME["lengths"]
     reason = "running_mean"
 
     def batch_statistics(self, x):
@@ -289,7 +288,7 @@ class MeanOfSampleMeans(Honest):
 
 
 class GradientInThePadding(Honest):
-    case = BY_NAME["lengths, add, relu"]
+    case = cases.BY_NAME["lengths, add, relu"]
     reason = "dresidual is off"
 
     def residual_gradient(self, g):
@@ -305,7 +304,7 @@ class StatisticsInBfloat16(Honest):
 
 
 class ComputedInBfloat16(Honest):
-    case = BY_NAME["bfloat16"]
+    case = cases.BY_NAME["bfloat16"]
     reason = "y is off"
 
     def activate(self, z):
@@ -314,7 +313,7 @@ class ComputedInBfloat16(Honest):
 
 
 class MeanSquareMinusSquaredMean(Honest):
-    case = BY_NAME["offset 1e4"]
+    case = cases.BY_NAME["offset 1e4"]
     reason = "y is off"
 
     def batch_statistics(self, x):
@@ -323,7 +322,7 @@ class MeanSquareMinusSquaredMean(Honest):
 
 
 class ResidualGradientMissing(Honest):
-    case = BY_NAME["add, relu"]
+    case = cases.BY_NAME["add, relu"]
     reason = "dresidual is off"
 
     def residual_gradient(self, g):
@@ -331,7 +330,7 @@ class ResidualGradientMissing(Honest):
 
 
 class ResidualGradientPastTheActivation(Honest):
-    case = BY_NAME["add, relu"]
+    case = cases.BY_NAME["add, relu"]
     reason = "dresidual is off"
 
     def through_activation(self, dy):
@@ -343,7 +342,7 @@ class ResidualGradientPastTheActivation(Honest):
 
 
 class DerivativeAtTheOutput(Honest):
-    case = BY_NAME["silu"]
+    case = cases.BY_NAME["silu"]
     reason = "dx is off"
 
     def through_activation(self, dy):
@@ -351,7 +350,7 @@ class DerivativeAtTheOutput(Honest):
 
 
 class DerivativeBeforeTheResidual(Honest):
-    case = BY_NAME["add, relu"]
+    case = cases.BY_NAME["add, relu"]
     reason = "dx is off"
 
     def through_activation(self, dy):
@@ -359,7 +358,7 @@ class DerivativeBeforeTheResidual(Honest):
 
 
 class ApproximateGelu(Honest):
-    case = BY_NAME["gelu"]
+    case = cases.BY_NAME["gelu"]
     reason = "y is off"
 
     def activate(self, z):
@@ -367,7 +366,7 @@ class ApproximateGelu(Honest):
 
 
 class ChannelsLastLost(Honest):
-    case = BY_NAME["channels last"]
+    case = cases.BY_NAME["channels last"]
     reason = "y: memory format"
 
     def finish(self, values, like):
@@ -375,7 +374,7 @@ class ChannelsLastLost(Honest):
 
 
 class ChannelsLastLostInTheGradient(Honest):
-    case = BY_NAME["channels last"]
+    case = cases.BY_NAME["channels last"]
     reason = "dx: memory format"
 
     def backward(self, dy):
@@ -384,7 +383,7 @@ class ChannelsLastLostInTheGradient(Honest):
 
 
 class DtypeChanged(Honest):
-    case = BY_NAME["bfloat16"]
+    case = cases.BY_NAME["bfloat16"]
     reason = "y: dtype is"
 
     def finish(self, values, like):
@@ -399,7 +398,7 @@ class InputOverwritten(Honest):
 
 
 class InputReturned(Honest):
-    case = BY_NAME["plain, evaluation"]
+    case = cases.BY_NAME["plain, evaluation"]
     reason = "shares memory"
 
     def finish(self, values, like):
@@ -407,7 +406,7 @@ class InputReturned(Honest):
 
 
 class CotangentOverwritten(Honest):
-    case = BY_NAME["relu"]
+    case = cases.BY_NAME["relu"]
     reason = "an input was overwritten"
 
     def through_activation(self, dy):
@@ -424,7 +423,7 @@ class SavedTensorOverwritten(Honest):
 class TailNotWritten(Honest):
     """The elements after the last whole vector of eight are left as they were in fresh memory."""
 
-    case = BY_NAME["7x7"]
+    case = cases.BY_NAME["7x7"]
     reason = "y is off by inf"
 
     def finish(self, values, like):
@@ -461,9 +460,13 @@ def torch_batch_norm(x, *arguments, residual=None, activation=None):
 
 
 def is_within_reach_of_torch(case: Case) -> bool:
-    """torch has no mask, rounds a half type between two operations, and wants statistics in the parameters' type."""
+    """torch has no mask, rounds a half type between two operations, and wants statistics in the parameters' type.
+
+    It also loses the variance of a matrix (rows, channels-last) at a large offset, by more than is allowed here.
+    """
     is_split = case.dtype.itemsize == 2 and (case.has_residual or case.activation is not None)
-    return case.mask is None and not is_split and case.parameter_dtype != BRAIN
+    is_lost = case.offset >= 1e4 and (case.layout == "channels_last" or len(case.shape) == 2)
+    return case.mask is None and not is_split and not is_lost and case.parameter_dtype != BRAIN
 
 
 @pytest.mark.parametrize("case", [*filter(is_within_reach_of_torch, cases.ALL)], ids=str)

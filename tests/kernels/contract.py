@@ -60,11 +60,11 @@ class Bench:
     def statistic(self, name: str) -> Bound:
         """Mean and variance of the batch, whatever the case normalises with; no allowance for a large mean."""
         mean, var, count = oracles.moments(agree.array(self.inputs.x), agree.array(self.inputs.mask))
-        relative = agree.tolerance(self.case.dtype, count)
+        relative, unit = agree.tolerance(self.case.dtype, count), agree.tolerance(self.case.dtype, 1) / agree.ROUNDINGS
         if name == "mean":
-            return Bound(mean, relative * (np.abs(mean) + np.sqrt(var)))
-        unit = agree.half_ulp(torch.float64 if self.case.dtype == torch.float64 else torch.float32)
-        return Bound(var, relative * var + (unit * mean) ** 2)
+            size = np.abs(mean) + np.sqrt(var)
+            return Bound(mean, relative * size, unit * size)
+        return Bound(var, relative * var + (unit * mean) ** 2, unit * var)
 
 
 def _close(name: str, found: Tensor, bound: Bound) -> None:

@@ -12,9 +12,8 @@ from tests import cases
 from tests.kernels.contract import Bench
 
 OPS = torch.ops.steadynorm
-BY_NAME = {case.name: case for case in cases.ALL}
 SAMPLES = [
-    BY_NAME[name]
+    cases.BY_NAME[name]
     for name in (
         "plain",
         "plain, evaluation",
@@ -61,7 +60,7 @@ def test_opcheck(name, case):
 
 
 def test_opcheck_without_the_residual_gradient():
-    ahead = arguments(BY_NAME["plain"])["backward"][:-1]
+    ahead = arguments(cases.BY_NAME["plain"])["backward"][:-1]
     torch.library.opcheck(OPS.backward, (*ahead, False), test_utils=("test_schema", "test_faketensor"))
 
 
