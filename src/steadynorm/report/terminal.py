@@ -5,16 +5,19 @@ Every string of a document becomes a rich Text: square brackets in a module path
 characters never reach the terminal.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import singledispatch
+from typing import Protocol
 
 try:
     from rich import box
     from rich.bar import Bar
     from rich.console import Console, Group, RenderableType
     from rich.padding import Padding
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Table as Grid
     from rich.text import Text
 except ImportError as error:
@@ -52,17 +55,30 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
-@contextmanager
-def progress(title: str, where: Console) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar with the time left, gone when the block ends; silent where `where` is not a terminal.
+class Advance(Protocol):
+    """Tells a progress bar how far the work is."""
 
-    Yields:
-        advance(done, total): how far the work is.
-    """
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    def __call__(self, done: int, total: int, seconds_left: float | None = None) -> None:
+        """`done` of `total` parts; without `seconds_left` it is estimated from the parts done so far."""
+        ...
+
+
+@contextmanager
+def progress(title: str, where: Console) -> Iterator[Advance]:
+    """A progress bar with the time left, gone when the block ends; silent where `where` is not a terminal."""
+    texts = [TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[left]}")]
+    columns = (texts[0], BarColumn(), MofNCompleteColumn(), texts[1])
     with Progress(*columns, console=where, transient=True, disable=not where.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(title, total=None, left="")
+        started = time.monotonic()
+
+        def advance(done: int, total: int, seconds_left: float | None = None) -> None:
+            if seconds_left is None and done:
+                seconds_left = (time.monotonic() - started) / done * (total - done)
+            left = "" if seconds_left is None else f"{timedelta(seconds=round(seconds_left))} left"
+            bar.update(task, completed=done, total=total, left=left)
+
+        yield advance
 
 
 def show(document: Document, console: Console) -> None:
@@ -189,9 +205,10 @@ def _level(y: float | None, low: float, high: float) -> str:
 
 
 def _bars(chart: Chart) -> RenderableType:
-    """One bar a row, its length from zero: half as long is half as much."""
+    """One bar a row, all from the same zero: half as long is half as much, and to the left is below zero."""
     points = [(series.name, x, y) for series in chart.series for x, y in zip(series.x, series.y, strict=True)]
-    largest = max((abs(y) for _, _, y in points if is_value(y)), default=0.0)
+    values = [float(y) for _, _, y in points if is_value(y)]
+    low, high = min(0.0, *values, 0.0), max(0.0, *values, 0.0)
     grid = Grid(box=None, pad_edge=False)
     names = [chart.x_label, *([""] if len(chart.series) > 1 else [])]
     for name in names:
@@ -200,6 +217,7 @@ def _bars(chart: Chart) -> RenderableType:
     grid.add_column(_plain(chart.y_label, "dim"), justify="right", no_wrap=True)
     for (name, x, y), text in zip(points, column_texts([y for _, _, y in points]), strict=True):
         labels = [text_of(x), name][: len(names)]
-        bar = Bar(largest or 1.0, 0.0, abs(y) if is_value(y) else 0.0, color="cyan")
+        ends = sorted((0.0, float(y) if is_value(y) else 0.0))
+        bar = Bar((high - low) or 1.0, ends[0] - low, ends[1] - low, color="cyan")
         grid.add_row(*map(_plain, labels), bar, _plain(text))
     return _figure(chart.title, grid, chart.note)
