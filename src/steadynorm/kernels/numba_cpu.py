@@ -1,8 +1,401 @@
-"""The kernels for CPU tensors, compiled by Numba."""
+"""The kernels for CPU tensors: explicit vectors compiled by Numba (kernels/cpu/), one trip to memory where one will do.
 
+Two layouts, two sets of kernels: planes (inner > 1) and rows (inner = 1). Each is compiled once for a dtype and an
+activation, on first use, and kept on disk.
+"""
+
+import ctypes
+import ctypes.util
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from steadynorm.grouping import Grouping
+from steadynorm.kernels import reference
+from steadynorm.kernels.cpu import arguments as at
+from steadynorm.kernels.cpu import build
+from steadynorm.kernels.cpu.arguments import Arguments
+from steadynorm.kernels.cpu.memory import empty_like
+from steadynorm.moments import Moments
+
+STORAGE = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+SERIAL_BELOW = 1 << 16  # values; a parallel region costs about as much as 20,000 values
+PLANE_BLOCK = 8 << 10  # bytes of neighbouring groups in one task: long enough for the prefetcher
+ROW_BLOCK = 1 << 18  # values in one task of rows
+MOST_ROW_BLOCKS = 256
+FOLDED_COLUMNS = 256  # rows are folded up to this many columns
+FOLD_BELOW = 64  # channels; from here on a row fills its vectors well enough
+SMOOTH = frozenset({"hardswish", "silu", "gelu", "elu"})  # whose g is cheaper to keep than to compute again
 
 
 def why_not(x: Tensor | None = None, *, masked: bool = False) -> str:
     """Why this backend cannot run here, or cannot take `x`; empty where it can."""
-    return "not written yet"
+    missing = _missing()
+    if missing or x is None:
+        return missing
+    if x.device.type != "cpu":
+        return f"the tensor is on {x.device}"
+    if x.dtype not in STORAGE:
+        return f"the tensor is {x.dtype}"
+    if masked:
+        return "masks are not compiled yet"
+    if x.numel() == 0:
+        return "the tensor is empty"
+    return ""
+
+
+@cache
+def _missing() -> str:
+    absent = [name for name in ("numba", "llvmlite") if find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed" if absent else ""
+
+
+@cache
+def _last_level_cache() -> int:
+    """Bytes of the largest cache of the first core, or 32 MiB where the system does not say."""
+    sizes = [32 << 20]
+    folder = Path("/sys/devices/system/cpu/cpu0/cache")
+    try:
+        found = [(path / "size").read_text().strip() for path in folder.glob("index*")]
+        sizes = [int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]] for text in found] or sizes
+    except (OSError, ValueError, KeyError):
+        pass
+    return max(sizes)
+
+
+@cache
+def _kernel(kind: str, dtype: torch.dtype, activation: str | None = None) -> Any:
+    """A compiled kernel by name, for one dtype and activation."""
+    storage = STORAGE[dtype]
+
+    def make() -> Any:
+        from steadynorm.kernels.cpu import planes, rows
+        from steadynorm.kernels.cpu.simd import STORAGES
+
+        module, maker = {
+            "planes_forward": (planes, "make_forward"),
+            "planes_backward": (planes, "make_backward"),
+            "rows_columns": (rows, "make_columns"),
+            "rows_statistics": (rows, "make_statistics"),
+            "rows_normalize": (rows, "make_normalize"),
+            "rows_sums": (rows, "make_sums"),
+            "rows_input": (rows, "make_input"),
+        }[kind]
+        if kind in ("rows_columns", "rows_statistics"):
+            return getattr(module, maker)(STORAGES[storage])
+        return getattr(module, maker)(STORAGES[storage], activation)
+
+    return build.load(f"{kind}_{storage}_{activation or 'none'}", make)
+
+
+class Call:
+    """One call on one tensor: its layout, its arguments, and the memory they point to."""
+
+    def __init__(self, x: Tensor, grouping: Grouping, eps: float, weight: Tensor | None, bias: Tensor | None) -> None:
+        self.x, self.grouping = x, grouping
+        self.alive: list[Any] = []
+        self.arguments = Arguments()
+        self.integers = self.arguments.integers
+        self.integers[at.X] = x.data_ptr()
+        self.arguments.floats[at.EPS] = eps
+        self.arguments.floats[at.PER_COUNT] = 1.0 / grouping.values_per_group
+        for place, size, parameter in ((at.WEIGHT, at.WEIGHT_BYTES, weight), (at.BIAS, at.BIAS_BYTES, bias)):
+            if parameter is not None:
+                self._parameter(place, size, parameter)
+        self.threads = 1 if x.numel() < SERIAL_BELOW else torch.get_num_threads()
+        if grouping.is_rows:
+            self._plan_rows()
+        else:
+            self._plan_planes()
+
+    def _parameter(self, place: int, size: int, value: Tensor) -> None:
+        if value.dtype not in (torch.float32, torch.float64) or not value.is_contiguous():
+            value = value.double().contiguous()
+            self.alive.append(value)
+        self.integers[place] = value.data_ptr()
+        self.integers[size] = value.element_size()
+
+    def _scratch(self, size: int) -> int:
+        memory = torch.empty(size, dtype=torch.uint8)
+        self.alive.append(memory)
+        return memory.data_ptr()
+
+    def _plan_planes(self) -> None:
+        outer, group, inner = self.grouping
+        block = min(max(1, PLANE_BLOCK // (inner * self.x.element_size())), group)
+        self.tasks = -(-group // block)
+        self.threads = min(self.threads, self.tasks)
+        values = self.integers
+        values[at.OUTER], values[at.GROUP], values[at.INNER], values[at.BLOCK] = outer, group, inner, block
+        values[at.SCRATCH] = self._scratch(self.threads * block * at.SLOT)
+
+    def _plan_rows(self) -> None:
+        rows, group, _ = self.grouping
+        fold = 1
+        if group < FOLD_BELOW:
+            fold = max(1, min(FOLDED_COLUMNS // group, rows))
+        columns = group * fold
+        extra = rows % fold * group
+        rows //= fold
+        tasks = max(1, min(-(-self.x.numel() // ROW_BLOCK), MOST_ROW_BLOCKS, rows))
+        block = max(1, -(-rows // tasks))
+        self.tasks = max(1, -(-rows // block))
+        self.threads = min(self.threads, self.tasks)
+        values = self.integers
+        values[at.OUTER], values[at.GROUP], values[at.BLOCK] = rows, group, block
+        values[at.EXTRA], values[at.FOLD] = extra, fold
+        width = -(-columns // 16) * 16
+        values[at.SCRATCH] = self._scratch(self.tasks * 2 * width * 8)
+        values[at.COLUMNS] = self._scratch(5 * width * (8 if self.x.dtype == torch.float64 else 4) + 128)
+        values[at.PIVOT] = self.x.data_ptr()
+        if fold > 1:
+            first_row = torch.as_strided(self.x, (group,), (1,), self.x.storage_offset())
+            pivots = first_row.repeat(fold)
+            self.alive.append(pivots)
+            values[at.PIVOT] = pivots.data_ptr()
+
+    def point(self, place: int, tensor: Tensor | None) -> None:
+        """Give the kernels the address of a tensor; None is address 0."""
+        self.integers[place] = 0 if tensor is None else tensor.data_ptr()
+
+    def set_streaming(self, output: Tensor, least: int) -> None:
+        """Let the output bypass the caches where it would not stay there anyway, and where its memory is aligned."""
+        size = output.numel() * output.element_size()
+        vector = 16 * output.element_size()
+        columns = self.grouping.group * self.integers[at.FOLD] * output.element_size()
+        is_aligned = not self.grouping.is_rows or (output.data_ptr() % vector == 0 and columns % vector == 0)
+        self.integers[at.STREAMS] = size >= least and is_aligned
+
+    def run(self, kind: str, stages: int, activation: str | None = None) -> None:
+        """Launch a kernel on this call's threads."""
+        kernel = _kernel(kind, self.x.dtype, activation)
+        build.run(kernel, self.arguments.restart(self.tasks, stages), self.threads)
+
+    def columns(self, stages: int) -> None:
+        """Do the rows' work between the sweeps."""
+        _kernel("rows_columns", self.x.dtype)(self.arguments.restart(self.tasks, stages))
+
+
+def _statistics(group: int) -> tuple[Tensor, Tensor]:
+    pair = torch.empty(2, group, dtype=torch.float64)
+    return pair[0], pair[1]
+
+
+def _take_moments(call: Call, mean: Tensor, var: Tensor) -> None:
+    call.point(at.MEAN, mean)
+    call.point(at.VAR, var)
+
+
+def moments(x: Tensor, grouping: Grouping, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """See the contract in `steadynorm.kernels`."""
+    call = Call(x, grouping, 0.0, None, None)
+    mean, var = _statistics(grouping.group)
+    _take_moments(call, mean, var)
+    if grouping.is_rows:
+        call.run("rows_statistics", 0)
+        call.columns(at.TO_MOMENTS)
+    else:
+        call.run("planes_forward", at.STATISTICS)
+    return mean, var
+
+
+def normalize(
+    x: Tensor,
+    grouping: Grouping,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+) -> Tensor:
+    """See the contract in `steadynorm.kernels`."""
+    call = Call(x, grouping, eps, weight, bias)
+    mean, var = mean.double().contiguous(), var.double().contiguous()
+    _take_moments(call, mean, var)
+    y = empty_like(x)
+    call.point(at.Y, y)
+    call.point(at.RESIDUAL, residual)
+    call.set_streaming(y, _last_level_cache())
+    if grouping.is_rows:
+        call.columns(at.TO_COEFFICIENTS)
+        call.run("rows_normalize", 0, activation)
+    else:
+        call.run("planes_forward", at.NORMALIZE, activation)
+    return y
+
+
+def forward(
+    x: Tensor,
+    grouping: Grouping,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the contract in `steadynorm.kernels`."""
+    call = Call(x, grouping, eps, weight, bias)
+    mean, var = _statistics(grouping.group)
+    _take_moments(call, mean, var)
+    y = empty_like(x)
+    call.point(at.Y, y)
+    call.point(at.RESIDUAL, residual)
+    call.set_streaming(y, _last_level_cache())
+    if grouping.is_rows:
+        call.run("rows_statistics", 0)
+        call.columns(at.TO_MOMENTS | at.TO_COEFFICIENTS)
+        call.run("rows_normalize", 0, activation)
+    else:
+        call.run("planes_forward", at.STATISTICS | at.NORMALIZE, activation)
+    return y, mean, var
+
+
+def _begin_backward(
+    call: Call,
+    dy: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    residual: Tensor | None,
+    y: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Point a call to everything that both passes back read; returns dweight and dbias, to be filled."""
+    dweight, dbias = _statistics(call.grouping.group)
+    _take_moments(call, mean, var)
+    call.point(at.DY, dy)
+    call.point(at.SIDE, residual if y is None else y)
+    call.integers[at.IS_OUTPUT] = y is not None
+    call.point(at.DWEIGHT, dweight)
+    call.point(at.DBIAS, dbias)
+    return dweight, dbias
+
+
+def backward_sums(
+    dy: Tensor,
+    x: Tensor,
+    grouping: Grouping,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the contract in `steadynorm.kernels`."""
+    call = Call(x, grouping, eps, weight, bias)
+    mean, var = mean.double().contiguous(), var.double().contiguous()
+    dweight, dbias = _begin_backward(call, dy, mean, var, residual, y)
+    g = empty_like(x)
+    call.point(at.G, g)
+    if grouping.is_rows:
+        call.columns(at.TO_COEFFICIENTS)
+        call.run("rows_sums", 0, activation)
+        call.columns(at.TO_SUMS)
+    else:
+        call.run("planes_backward", at.SUMS, activation)
+    return g, dweight, dbias
+
+
+def backward_input(
+    g: Tensor,
+    x: Tensor,
+    grouping: Grouping,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    dweight: Tensor,
+    dbias: Tensor,
+    count: Tensor | None,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """See the contract in `steadynorm.kernels`."""
+    call = Call(x, grouping, eps, weight, None)
+    mean, var = mean.double().contiguous(), var.double().contiguous()
+    dweight, dbias = dweight.double().contiguous(), dbias.double().contiguous()
+    _take_moments(call, mean, var)
+    call.point(at.G, g)
+    call.point(at.DY, g)
+    call.point(at.DWEIGHT, dweight)
+    call.point(at.DBIAS, dbias)
+    call.arguments.floats[at.PER_COUNT] = 0.0 if count is None else 1.0 / max(float(count), 1.0)
+    dx = empty_like(x)
+    call.point(at.DX, dx)
+    call.set_streaming(dx, _last_level_cache() // 2)
+    if grouping.is_rows:
+        call.columns(at.TO_COEFFICIENTS | at.TO_BACK)
+        call.run("rows_input", 0)
+    else:
+        call.run("planes_backward", at.INPUT)
+    return dx
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    grouping: Grouping,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    y: Tensor | None = None,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = None,
+    is_given: bool = False,
+    needs_dresidual: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """See the contract in `steadynorm.kernels`."""
+    call = Call(x, grouping, eps, weight, bias)
+    mean, var = mean.double().contiguous(), var.double().contiguous()
+    dweight, dbias = _begin_backward(call, dy, mean, var, residual, y)
+    if is_given:
+        call.arguments.floats[at.PER_COUNT] = 0.0
+    dx = empty_like(x)
+    call.point(at.DX, dx)
+    dresidual = empty_like(x) if needs_dresidual else None
+    keeps_g = activation is not None and (activation in SMOOTH or residual is not None or y is not None)
+    g = dresidual if dresidual is not None else (dx if keeps_g else None)
+    call.point(at.G, g)
+    # What was just read is written over: streaming stores would only push it out of the cache first.
+    call.set_streaming(dx, _last_level_cache() // 2)
+    if g is dx:
+        call.integers[at.STREAMS] = 0
+    if grouping.is_rows:
+        call.columns(at.TO_COEFFICIENTS)
+        call.run("rows_sums", 0, activation)
+        call.columns(at.TO_SUMS | at.TO_COEFFICIENTS | at.TO_BACK)
+        call.run("rows_input", 0, activation)
+    else:
+        call.run("planes_backward", at.SUMS | at.INPUT, activation)
+    return dx, dweight, dbias, dresidual
+
+
+def ema_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch: Moments,
+    momentum: float | None,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    guard: bool = True,
+) -> None:
+    """See `steadynorm.moments.ema_`."""
+    reference.ema_(running_mean, running_var, batch, momentum, num_batches_tracked=num_batches_tracked, guard=guard)
