@@ -46,7 +46,11 @@ def repair(model: nn.Module, diagnosis: Diagnosis, batches: Source) -> tuple[str
 def _repaired(model: nn.Module, group: list[Finding], judgement: Judgement, batches: Source) -> list[str]:
     """Repair findings of one kind at once; if that does not help, each by itself."""
     put_back = models.remember(model)
-    failed = _attempt(model, group, judgement, batches)
+    try:
+        failed = _attempt(model, group, judgement, batches)
+    except BaseException:
+        put_back()
+        raise
     if failed:
         put_back()
         if len(group) > 1:

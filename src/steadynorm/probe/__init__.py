@@ -86,6 +86,9 @@ class _Observer:
         self.here: Sequence[Any] = ()
         self.there: Sequence[Any] = ()
         self.recalibration = drift.Recalibration()
+        # Every part starts from the same model, in evaluation mode: a norm that is left in training mode, or counts
+        # something, would carry one part over into the next.
+        self.put_back: Callable[[], None] = lambda: None
 
     def look(self, batches: Source, train_batches: Source | None, samples: int) -> None:
         """All parts that were asked for, in an order in which each has what it needs."""
@@ -123,7 +126,7 @@ class _Observer:
         if self.on_progress is not None:
             self.on_progress(min(self.stage, STAGES), STAGES)
         watcher = Watcher()
-        affected = PARTS if parts[0] in ("state", "forward") and action.__name__ != "_dead_biases" else parts
+        affected = self._resting_on(action, parts)
         try:
             with watching(self.model, watcher):
                 action()
@@ -136,7 +139,13 @@ class _Observer:
             self._skip(affected, f"{in_a_line(cause)}, raised in {path or 'the model'}")
         else:
             return True
+        finally:
+            self.put_back()
         return False
+
+    def _resting_on(self, action: Callable[[], None], parts: tuple[Part, ...]) -> tuple[Part, ...]:
+        """What cannot be looked at when `action` fails."""
+        return PARTS if action == self._state else PARTS[1:] if action == self._forward else parts
 
     def _gather(self, batches: Source, train_batches: Source | None, samples: int) -> None:
         self.here, self.found["batches"] = gather(batches, self.forward, self.model, samples, "batches")
@@ -149,6 +158,7 @@ class _Observer:
 
     def _state(self) -> None:
         self.found["norms"] = state.look(self.model)
+        self.put_back = models.remember(self.model)
 
     def _forward(self) -> None:
         self.found["calls"], output = trace(self.model, self.here[0], self.forward)

@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from steadynorm import models
 from steadynorm.probe.drift import training_mode
 from steadynorm.probe.facts import Call, DeadBias, Norm, Values
-from steadynorm.probe.samples import sample_count, take, tensors_in
+from steadynorm.probe.samples import relative_difference, sample_count, take, tensors_in
 from steadynorm.probe.trace import Forward, Watcher, inputs_of, run, watching
 
 # A bias that matters moves something by a tenth or more when it is moved by a deviation; rounding, by far less.
@@ -136,6 +136,5 @@ def _change(
         put_back()
     change = 0.0
     for a, b in zip(before.outputs, after.outputs, strict=True):
-        if a.numel():
-            change = max(change, float((a - b).abs().max() / a.abs().max().clamp(min=1e-30)))
+        change = max(change, relative_difference(a, b))
     return change if math.isfinite(change) else None

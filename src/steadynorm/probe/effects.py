@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steadynorm import moments
 from steadynorm.blame import in_a_line
 from steadynorm.errors import InputError, SteadynormError
+from steadynorm.moments import Moments
 from steadynorm.probe.facts import Effect
 from steadynorm.probe.samples import join, sample_count, scores, shapes, take, tensors_in
 from steadynorm.probe.trace import Forward, inputs_of, run
@@ -49,13 +51,44 @@ class Task:
 UNJUDGED = Task()
 
 
+# An output that does not vary at all still has a finite relative difference.
+TINY_VARIANCE = 1e-20
+
+
+class Spread:
+    """Square difference of two outputs against the variance, over samples, of the second."""
+
+    def __init__(self) -> None:
+        self.square, self.values = 0.0, 0
+        self.moments: list[Moments] = []
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Count one batch, both (samples, values)."""
+        if before.shape != after.shape:
+            return  # lengths that follow the data: nothing to compare
+        self.square += float((before - after).square().sum())
+        self.values += before.numel()
+        found = moments.of(after.unsqueeze(2))
+        if self.moments and self.moments[0].mean.shape == found.mean.shape:
+            found = moments.merge([self.moments.pop(), found])
+        self.moments.append(found)
+
+    @property
+    def relative_square(self) -> float:
+        """Mean square of the difference over the variance; infinite if the difference is not finite."""
+        if not math.isfinite(self.square):
+            return math.inf
+        variances = torch.cat([found.var for found in self.moments]) if self.moments else torch.zeros(1)
+        return self.square / max(self.values, 1) / max(float(variances.mean()), TINY_VARIANCE)
+
+
 @dataclass
 class _Tally:
     """Sums over the samples, for one pair of states of the model."""
 
     samples: int = 0
-    distance: float = 0.0
-    squares: float = 0.0
+    spread: Spread = field(default_factory=Spread)
+    variation: float = 0.0
     predictions: int = 0
     changed: int = 0
     judged: dict[str, float] = field(default_factory=dict)
@@ -63,11 +96,11 @@ class _Tally:
 
     def add(self, before: Any, after: Any, batch: Any, count: int, task: Task) -> None:
         self.samples += count
-        share, changed, predictions = compare(before, after, batch)
-        self.squares += count * relative_square(before, after)
-        self.distance += count * share
-        self.changed += changed
-        self.predictions += predictions
+        self.spread.add(rows(before, count), rows(after, count))
+        if found := disagreement(before, after, batch):
+            self.variation += count * found[0]
+            self.changed += found[1]
+            self.predictions += found[2]
         for which, output in (("before", before), ("after", after)):
             loss, self.metric_name, metric = task.judge(output, batch)
             for name, value in (("loss", loss), ("metric", metric)):
@@ -82,8 +115,8 @@ class _Tally:
 
         return Effect(
             samples=self.samples,
-            distance=self.distance / max(self.samples, 1),
-            relative_square=self.squares / max(self.samples, 1),
+            distance=self.variation / self.samples if self.predictions else math.sqrt(self.spread.relative_square),
+            relative_square=self.spread.relative_square,
             null=null,
             changed=self.changed / self.predictions if self.predictions else None,
             loss=pair("loss"),
@@ -139,11 +172,14 @@ def of_mates(model: nn.Module, batches: Sequence[Any], forward: Forward, task: T
     return tally.effect() if tally.samples else None
 
 
-def compare(before: Any, after: Any, batch: Any) -> tuple[float, int, int]:
-    """The distance of two outputs (see `Effect`), how many predictions differ, and of how many."""
+def disagreement(before: Any, after: Any, batch: Any) -> tuple[float, int, int] | None:
+    """Total variation of the class probabilities, mean over predictions, how many predictions differ, and of how many.
+
+    None where the outputs are not class scores.
+    """
     a, b = scores(before, batch), scores(after, batch)
     if a is None or b is None:
-        return math.sqrt(relative_square(before, after)), 0, 0
+        return None
     p, q = (t.double().softmax(1) for t in (a, b))
     variation = ((p - q).abs().sum(1) / 2).nan_to_num(nan=1.0)
     # argmax of NaN is some class or other: a row of NaN predicts nothing.
@@ -151,21 +187,9 @@ def compare(before: Any, after: Any, batch: Any) -> tuple[float, int, int]:
     return float(variation.mean()), int(differ.sum()), differ.numel()
 
 
-def relative_square(before: Any, after: Any) -> float:
-    """Mean square of the difference of two outputs over the variance of the second; infinite if not finite."""
-    pairs = [
-        (a.double().flatten(), b.double().flatten())
-        for a, b in zip(tensors_in(before), tensors_in(after), strict=False)
-        if a.is_floating_point() and a.shape == b.shape and a.numel()
-    ]
-    if not pairs:
-        return 0.0
-    a, b = (torch.cat(side) for side in zip(*pairs, strict=True))
-    square, spread = float((a - b).square().mean()), float(b.var(unbiased=False))
-    if not math.isfinite(square):
-        return math.inf
-    return square / max(spread, TINY_VARIANCE)
-
-
-# An output that does not vary at all still has a finite relative difference.
-TINY_VARIANCE = 1e-20
+def rows(output: Any, count: int) -> Tensor:
+    """The floating-point values of an output as (count, values), or each as a row where they do not come by sample."""
+    found = [t.double() for t in tensors_in(output) if t.is_floating_point()] or [torch.zeros(0, 1).double()]
+    if all(t.dim() and t.shape[0] == count for t in found):
+        return torch.cat([t.reshape(count, -1) for t in found], 1)
+    return torch.cat([t.reshape(-1, 1) for t in found])

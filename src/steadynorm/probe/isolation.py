@@ -7,14 +7,25 @@ batch sizes would not. The output alone is not enough: a residual branch that st
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import count as count_up
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steadynorm import models
 from steadynorm.probe import effects
 from steadynorm.probe.facts import Leak
-from steadynorm.probe.samples import join, map_tensors, readings, sample_count, shapes, take, tensors_in
+from steadynorm.probe.samples import (
+    join,
+    map_tensors,
+    readings,
+    relative_difference,
+    sample_count,
+    shapes,
+    take,
+    tensors_in,
+)
 from steadynorm.probe.trace import Forward, NotPossible, Watcher, inputs_of, run, watching
 
 # A prime: sizes inside a network are rarely multiples of it, so that a size is not mistaken for the samples.
@@ -35,7 +46,9 @@ class _Record:
     class_name: str
     parent: "_Record | None"
     inputs: Readings
+    started: int
     outputs: Readings = field(default_factory=list)
+    ended: int = 0
 
 
 class _Recorder(Watcher):
@@ -44,17 +57,18 @@ class _Recorder(Watcher):
         self.count = count
         self.records: list[_Record] = []
         self._open: list[_Record] = []
+        self._clock = count_up()
 
     def enter(self, path: str, module: nn.Module, inputs: Any) -> None:
         parent = self._open[-1] if self._open else None
-        self._open.append(_Record(path, type(module).__name__, parent, self._read(inputs)))
+        self._open.append(_Record(path, type(module).__name__, parent, self._read(inputs), next(self._clock)))
         super().enter(path, module, inputs)
 
     def leave(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
         super().leave(path, module, inputs, output)
         record = self._open[len(self.active)]
         del self._open[len(self.active) :]
-        record.outputs = self._read(output)
+        record.outputs, record.ended = self._read(output), next(self._clock)
         self.records.append(record)
 
     def _read(self, value: Any) -> Readings:
@@ -80,19 +94,21 @@ def leaks(
     sources = _sources(first, other, floors)
     if not sources:
         return ()
+    put_back = models.remember(model)  # a norm that is left in training mode would remember the NaN
     tainted = _tainted(model, here, forward, count)
+    put_back()
     effect = effects.of_mates(model, batches, forward, task)
     hidden = _change(first[-1].outputs, other[-1].outputs)
     return tuple(
         Leak(
             path=first[i].path,
             class_name=first[i].class_name,
-            change=_change(first[i].outputs, other[i].outputs),
+            change=change,
             output_change=hidden if hidden > floors[-1] else 0.0,
             is_confirmed=first[i].path in tainted,
             effect=effect,
         )
-        for i in sources
+        for i, change in sorted(sources.items())
     )
 
 
@@ -123,40 +139,44 @@ def _record(model: nn.Module, batch: Any, forward: Forward, count: int) -> list[
     return recorder.records
 
 
-def _sources(first: list[_Record], other: list[_Record], floors: list[float]) -> list[int]:
-    """Calls whose inputs agree for sample 0 and whose outputs do not, without one inside them that explains it."""
-    sources = []
-    explained: set[int] = set()
-    for i, (a, b) in enumerate(zip(first, other, strict=True)):
-        is_source = _change(a.inputs, b.inputs) <= SMALLEST_CHANGE and _change(a.outputs, b.outputs) > floors[i]
-        if is_source and id(a) not in explained:
-            sources.append(i)
-        if is_source or id(a) in explained:
-            explained.add(id(a.parent))
-    return sources
+def _sources(first: list[_Record], other: list[_Record], floors: list[float]) -> dict[int, float]:
+    """The innermost calls in which sample 0 meets its mates, by index, with how much it changes there.
+
+    Either the inputs of a call agree and its outputs do not, or a module inside it is given something that disagrees
+    and that nothing before it explains: then it arose in the call's own code, whatever becomes of it later.
+    """
+    came_in = [_change(a.inputs, b.inputs) for a, b in zip(first, other, strict=True)]
+    went_out = [_change(a.outputs, b.outputs) for a, b in zip(first, other, strict=True)]
+    index = {id(record): i for i, record in enumerate(first)}
+    found: dict[int, float] = {}
+    for i, record in enumerate(first):
+        if came_in[i] <= SMALLEST_CHANGE and went_out[i] > floors[i]:
+            found[i] = went_out[i]
+        if came_in[i] > floors[i] and record.parent is not None:
+            above = index.get(id(record.parent))
+            before = [
+                went_out[j] > floors[j]
+                for j, sibling in enumerate(first)
+                if sibling.parent is record.parent and sibling.ended < record.started
+            ]
+            if above is not None and came_in[above] <= SMALLEST_CHANGE and not any(before):
+                found[above] = max(found.get(above, 0.0), came_in[i])
+    return {i: found[i] for i in found if not any(_is_inside(first[j], first[i]) for j in found)}
+
+
+def _is_inside(inner: _Record, outer: _Record) -> bool:
+    parent = inner.parent
+    while parent is not None and parent is not outer:
+        parent = parent.parent
+    return parent is outer
 
 
 def _change(a: Readings, b: Readings) -> float:
     """Largest relative difference over all tensors, each in the reading that makes it smallest."""
     return max(
-        (min(map(_difference, x, y), default=0.0) for x, y in zip(a, b, strict=False)),
+        (min(map(relative_difference, x, y), default=0.0) for x, y in zip(a, b, strict=False)),
         default=0.0,
     )
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
-        return 0.0  # lengths that follow the data: nothing to compare
-    if torch.equal(a, b) or a.numel() == 0:
-        return 0.0
-    if not a.is_floating_point():
-        return 1.0
-    a, b = a.double(), b.double()
-    differs = (a != b) & ~(a.isnan() & b.isnan())
-    if not (torch.isfinite(a[differs]).all() and torch.isfinite(b[differs]).all()):
-        return torch.inf
-    largest = a[torch.isfinite(a)].abs().max() if torch.isfinite(a).any() else a.new_ones(())
-    return float(((a - b)[differs].abs().max() if differs.any() else 0.0) / largest.clamp(min=1e-30))
 
 
 def _tainted(model: nn.Module, batch: Any, forward: Forward, count: int) -> set[str]:

@@ -116,3 +116,19 @@ def scores(output: Any, batch: Any) -> Tensor | None:
             if has_classes and tensor.shape[:1] + tensor.shape[2:] == target.shape:
                 return tensor
     return None
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference relative to the largest value of `a`; NaN equals NaN; two shapes are not compared."""
+    if a.shape != b.shape:
+        return 0.0  # lengths that follow the data: nothing to compare
+    if torch.equal(a, b) or a.numel() == 0:
+        return 0.0
+    if not a.is_floating_point():
+        return 1.0
+    a, b = a.double(), b.double()
+    differs = (a != b) & ~(a.isnan() & b.isnan())
+    if not (torch.isfinite(a[differs]).all() and torch.isfinite(b[differs]).all()):
+        return torch.inf
+    largest = a[torch.isfinite(a)].abs().max() if torch.isfinite(a).any() else a.new_ones(())
+    return float(((a - b)[differs].abs().max() if differs.any() else 0.0) / largest.clamp(min=1e-30))

@@ -1,0 +1,44 @@
+"""Recall, exact location and false alarms, over the faults planted one by one and the healthy controls."""
+
+import pytest
+
+from tests.doctor.cases import FAULTS, HEALTHY, Case, diagnosis, found
+
+
+@pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)
+def test_a_fault_is_found_where_it_is_and_nowhere_else(case: Case):
+    assert found(case) == case.expected
+
+
+@pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.name)
+def test_a_healthy_model_has_no_finding_above_a_note(case: Case):
+    assert found(case) == set(), diagnosis(case).findings
+
+
+@pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.name)
+def test_a_healthy_model_is_checked_by_every_rule(case: Case):
+    assert diagnosis(case).unchecked == {}
+
+
+def test_names_of_cases_are_distinct():
+    names = [case.name for case in FAULTS + HEALTHY]
+    assert len(set(names)) == len(names)
+
+
+def test_the_loss_before_and_after_is_that_of_the_swapped_layer():
+    """One layer shifted: the loss before is the model's, the loss after that of the unharmed model, nearly."""
+    broken = next(case for case in FAULTS if case.name == "shifted block1.bn2")
+    harmed, healthy = diagnosis(broken), diagnosis(HEALTHY[0])
+    evidence = harmed.findings[0].evidence
+    unharmed = healthy.facts.training_gap.loss[1]
+    assert evidence["loss before"] > 3 * evidence["loss after"]
+    assert evidence["loss after"] == pytest.approx(unharmed, abs=0.1)
+
+
+def test_the_effect_of_a_layer_is_its_own_where_several_are_stale():
+    two = next(case for case in FAULTS if case.name == "two reset")
+    facts = diagnosis(two).facts
+    alone = [drift.effect for drift in facts.drift.values() if drift.effect is not None]
+    assert len(alone) == 2
+    assert all(effect.loss[1] == pytest.approx(facts.drift_together.loss[1]) for effect in alone)
+    assert all(effect.loss[0] != facts.drift_together.loss[0] for effect in alone)
