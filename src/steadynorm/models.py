@@ -86,7 +86,7 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     if old is model:
         return new
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # named_children would show a shared layer once
             if child is old:
                 setattr(parent, name, new)
     return model
@@ -146,12 +146,16 @@ def _remember_tensors(modules: list[nn.Module]) -> list[Callable[[], None]]:
     restores: list[Callable[[], None]] = []
     tensors, storages = set[int](), set[int]()
     for tensor in (t for module in modules for t in _tensors_of(module)):
-        if id(tensor) in tensors or is_lazy(tensor):
+        if id(tensor) in tensors:
             continue
         tensors.add(id(tensor))
-        restores.append(_remember_place(tensor))
-        for part in (tensor, tensor.grad) if tensor.is_leaf else (tensor,):
-            if part is None or part.is_meta or part.layout is not torch.strided:
+        if is_lazy(tensor):
+            restores.append(_remember_unmade(tensor))
+            continue
+        grad = tensor.grad if tensor.is_leaf else None
+        for part in (tensor,) if grad is None else (grad, tensor):
+            restores.append(_remember_place(part))
+            if part.is_meta or part.layout is not torch.strided:
                 continue
             storage = part.untyped_storage()
             if storage._cdata not in storages:
@@ -172,12 +176,26 @@ def _remember_place(tensor: Tensor) -> Callable[[], None]:
     grad = tensor.grad if tensor.is_leaf else None
 
     def restore() -> None:
+        if tensor.is_leaf and tensor.grad is not grad:
+            tensor.grad = None
         if tensor.dtype != data.dtype or tensor.shape != data.shape or tensor.data_ptr() != data.data_ptr():
             tensor.data = data
         if tensor.is_leaf:
             if tensor.requires_grad != requires_grad:
                 tensor.requires_grad_(requires_grad)
             tensor.grad = grad
+
+    return restore
+
+
+def _remember_unmade(tensor: Tensor) -> Callable[[], None]:
+    """A parameter or buffer without values: making them turns it into another class."""
+    cls, data = type(tensor), tensor.data
+
+    def restore() -> None:
+        if not is_lazy(tensor):
+            tensor.data = data
+            tensor.__class__ = cls
 
     return restore
 

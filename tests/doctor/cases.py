@@ -24,6 +24,7 @@ from tests.doctor.networks import (
     MaxOfBatch,
     NeverEvaluates,
     ReshapeForTranspose,
+    Residual,
     Sequences,
     SharedTwice,
     SoftmaxOverSamples,
@@ -69,7 +70,7 @@ def train(model: nn.Module, batch_size: int = 32, steps: int = STEPS, lr: float 
 @cache
 def _digits() -> nn.Module:
     with recipe.seeded(0):
-        return train(digits.model(), steps=100)
+        return train(Residual(), steps=100)
 
 
 def trained() -> nn.Module:
@@ -146,14 +147,14 @@ def replaced(path, cls):
 
 
 def leak_in_zero_branch():
-    model = zero_init(digits.model())
+    model = zero_init(Residual())
     model.block1.__class__ = HiddenLeak
     return model
 
 
 def averaged_weights():
     """Weights averaged over training, statistics those of a new model."""
-    model, average = digits.model(), digits.model()
+    model, average = Residual(), Residual()
     train(model, steps=100)
     average.load_state_dict(dict(model.named_parameters()), strict=False)
     return average
@@ -225,7 +226,7 @@ FAULTS = [
     ),
     Case(
         "batch of 2",
-        lambda: few_samples(digits.model(), 2),
+        lambda: few_samples(Residual(), 2),
         of("SN102", "block2.bn2"),
         train_batches=lambda: digits.batches("train", 2, 0),
     ),
@@ -279,9 +280,9 @@ HEALTHY = [
         lambda: train(convolutional(lambda c: nn.InstanceNorm2d(c, track_running_stats=True))),
     ),
     Case("no norm", lambda: train(convolutional(lambda c: nn.Identity(), bias=True))),
-    Case("fresh", digits.model),
-    Case("fresh, zero gammas", lambda: zero_init(digits.model())),
-    Case("zero gammas, trained", lambda: train(zero_init(digits.model()), steps=100)),
+    Case("fresh", Residual),
+    Case("fresh, zero gammas", lambda: zero_init(Residual())),
+    Case("zero gammas, trained", lambda: train(zero_init(Residual()), steps=100)),
     Case(
         "dropout at the end",
         lambda: train(nn.Sequential(*convolutional(nn.BatchNorm2d)[:8], nn.Dropout(0.5), nn.Linear(16, 10))),

@@ -24,6 +24,20 @@ def convolutional(norm: Callable[[int], nn.Module], bias: bool = False, width: i
     )
 
 
+class Residual(nn.Module):
+    """A stem, two residual blocks of which the second has a norm in its shortcut, and a linear classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.block1 = digits.ResidualBlock(16, 16)
+        self.block2 = digits.ResidualBlock(16, 32, stride=2)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x):
+        return self.head(self.block2(self.block1(self.stem(x))).mean((2, 3)))
+
+
 class Centre(nn.Module):
     def forward(self, x):
         return x - x.mean(0)

@@ -194,7 +194,9 @@ def test_a_recipe_without_loss_runs_what_it_can():
 
 
 def test_a_recipe_whose_training_stops_is_examined_all_the_same():
-    stops = Recipe("stops", lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Raises()), digits.batches, digits.loss)
+    stops = Recipe(
+        "stops", lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10), Raises()), digits.batches, digits.loss
+    )
     _, result = doctor.examine_recipe(stops)
     assert "training stopped: the model's forward raised RuntimeError" in result.remarks[0]
     assert [f.code for f in result.findings] == ["SN001"]
