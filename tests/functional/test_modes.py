@@ -39,8 +39,11 @@ def test_checkpointing_counts_a_batch_once(backend, use_reentrant):
         assert torch.equal(leaf.grad, wanted)
 
 
-# Dynamo makes an autograd.Function to trace one, and torch warns of that.
-dynamo_warns = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def dynamo_warns(test):
+    """Lets pass what torch warns of in its own code: how Dynamo traces an autograd.Function, TorchScript in inductor."""
+    for message in (".*should not be instantiated", "`torch.jit.script"):
+        test = pytest.mark.filterwarnings(f"ignore:{message}:DeprecationWarning")(test)
+    return test
 
 
 class Recorder:
