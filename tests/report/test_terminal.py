@@ -3,7 +3,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from steadynorm.report import Chart, Document, Series, terminal
+from steadynorm.report import Chart, Document, Series, Table, terminal
 from tests.report.documents import FINDINGS, HOSTILE, STUDY, hostile
 
 
@@ -49,19 +49,19 @@ def test_a_finding_as_readers_see_it():
 def test_a_study_as_readers_see_it():
     assert lines_of(STUDY)[6:20] == [
         "Accuracy by batch size",
-        "accuracy   shape   first    last   lowest   highest",
-        "───────────────────────────────────────────────────",
-        "batch      ▁▅█     0.500   1.000    0.500     1.000",
-        "group      ▇·▇     0.900   0.950    0.900     0.950",
+        "accuracy  shape  first   last  lowest  highest",
+        "──────────────────────────────────────────────",
+        "batch     ▁▅█    0.500  1.000   0.500    1.000",
+        "group     ▇·▇    0.900  0.950   0.900    0.950",
         "batch size 2, 4, 8; ▁ 0.5, █ 1, · no value",
         "Mean of 3 seeds.",
         "",
         "Cells",
-        "norm    batch size   accuracy",
-        "─────────────────────────────",
-        "batch            2     0.5000",
-        "batch            4     0.7500",
-        "none             8          –",
+        "norm   batch size  accuracy",
+        "───────────────────────────",
+        "batch           2    0.5000",
+        "batch           4    0.7500",
+        "none            8         –",
     ]
 
 
@@ -88,8 +88,24 @@ def test_control_characters_do_not_reach_the_terminal():
 def test_a_flat_and_an_empty_series_can_be_drawn():
     flat = Chart("Flat", "x", "y", (Series("same", (1, 2), (3.0, 3.0)), Series("none", (1, 2), (None, float("nan")))))
     lines = lines_of(Document("t", "s", blocks=(flat,)))
-    assert "same   ▁▁      3.000   3.000    3.000     3.000" in lines
-    assert "none   ··          –       –        –         –" in lines
+    assert "same  ▁▁     3.000  3.000   3.000    3.000" in lines
+    assert "none  ··         –      –       –        –" in lines
+
+
+def test_where_space_is_short_numbers_stay_whole():
+    names = ("layer", "accuracy", "deviation", "lowest value", "highest value", "standing", "steps", "learning rate")
+    row = ("stages.1.block.0.norm2", 0.94071, 0.01234, 0.93062, 0.94723, "within noise", 960, 0.003125)
+    text = shown(Document("t", "s", blocks=(Table("Cells", names, (row,)),)), 66)
+    for number in ("0.9407", "0.01234", "0.9306", "0.9472", "960", "0.003125"):
+        assert number in text
+    assert "…" not in text
+
+
+def test_bars_below_zero_go_to_the_left_of_those_above():
+    chart = Chart("Drift", "layer", "size", (Series("size", ("a", "b"), (2.0, -1.0)),), kind="bar")
+    above, below = lines_of(Document("t", "s", blocks=(chart,)))[6:8]
+    assert above.index("█") == below.rindex("█") + 1
+    assert above.count("█") == 2 * below.count("█")
 
 
 def test_long_scales_show_their_ends():

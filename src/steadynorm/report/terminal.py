@@ -8,6 +8,7 @@ characters never reach the terminal.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import singledispatch
 from typing import Protocol
@@ -15,7 +16,8 @@ from typing import Protocol
 try:
     from rich import box
     from rich.bar import Bar
-    from rich.console import Console, Group, RenderableType
+    from rich.cells import cell_len
+    from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
     from rich.padding import Padding
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.table import Table as Grid
@@ -148,14 +150,35 @@ def _(block: Card) -> RenderableType:
 
 @_draw.register
 def _(block: Table) -> RenderableType:
-    grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    columns = [[row[i] for row in block.rows] for i in range(len(block.columns))]
-    for name, cells in zip(block.columns, columns, strict=True):
-        # A module path that does not fit goes on in the next line: cut off, it would name nothing.
-        grid.add_column(_plain(name), justify="right" if is_numeric(cells) else "left", overflow="fold")
-    for texts in zip(*map(column_texts, columns), strict=True):
-        grid.add_row(*map(_plain, texts))
-    return _figure(block.title, grid, block.note)
+    return _figure(block.title, _Grid(block), block.note)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The rows of a table; where space is short, first the gaps and then the columns of words give way.
+
+    A number that is broken in two is another number. A module path goes on in the next line: cut off, it names nothing.
+    """
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        cells = [[row[i] for row in self.table.rows] for i in range(len(self.table.columns))]
+        columns = [
+            (name, column_texts(each), is_numeric(each)) for name, each in zip(self.table.columns, cells, strict=True)
+        ]
+        natural = [max(map(cell_len, [name, *texts])) for name, texts, _ in columns]
+        least = [max(map(cell_len, " ".join([name, *texts]).split()), default=1) for name, texts, _ in columns]
+        is_short = sum(natural) + 2 * len(columns) > options.max_width
+        gap = 0 if sum(least) + 2 * len(columns) > options.max_width else 1
+        grid = Grid(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
+        for (name, _, numeric), width in zip(columns, least, strict=True):
+            justify: JustifyMethod = "right" if numeric else "left"
+            fixed = width if numeric and is_short else None
+            grid.add_column(_plain(name), justify=justify, overflow="fold", width=fixed)
+        for row in zip(*(texts for _, texts, _ in columns), strict=True):
+            grid.add_row(*map(_plain, row))
+        yield grid
 
 
 def _figure(title: str, body: RenderableType, note: str) -> RenderableType:
