@@ -123,13 +123,11 @@ def _two_groups(batches: Sequence[Any], forward: Forward) -> tuple[Any, Any]:
         if len(same) < 3:
             raise NotPossible("a batch holds a single sample: give batches of 2 or more")
         return join(same[0], same[1]), join(same[0], same[2])
-    size = min(GROUP, count)
-    here = list(range(size))
-    # The mates come from the end of the batch; in a small one they change places or repeat sample 0.
-    there = [0, *range(count - 1, 0, -1)][:size]
-    if any(a == b for a, b in zip(here[1:], there[1:], strict=True)):
-        there = [0] * size
-    return take(batch, here), take(batch, there)
+    if count == 2:
+        return batch, take(batch, [0, 0])
+    # Other samples, not the same ones in another order, which a mean over the samples would not notice.
+    size = min(GROUP, (count + 1) // 2)
+    return take(batch, list(range(size))), take(batch, [0, *range(count - size + 1, count)])
 
 
 def _record(model: nn.Module, batch: Any, forward: Forward, count: int) -> list[_Record]:
