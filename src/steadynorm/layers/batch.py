@@ -142,10 +142,11 @@ class BatchNorm(Switches):
             # One valid value is as good as none. How many a mask leaves, only the device knows.
             enough = torch.where(moments.count > 1, moments.count, 0)
             moments = Moments(moments.mean, moments.var, enough)
-        if self.guard == "raise":
+        # Inside a functional transform there is no one value to look at; functional.update_running_ steps aside too.
+        if self.guard == "raise" and not torch._C._are_functorch_transforms_active():
             if torch.compiler.is_compiling():
                 torch.ops.steadynorm.require_finite(moments.mean, moments.var, running[0], checks.name(self))
-            elif not torch._C._are_functorch_transforms_active():
+            else:
                 require_finite(moments.mean, moments.var, lambda: checks.name(self))
         functional.update_running_(
             *running,
@@ -183,13 +184,13 @@ class BatchNorm(Switches):
 
     def extra_repr(self) -> str:
         """What torch.nn shows, and every setting of ours that is not at its default."""
-        ours = {
-            setting: getattr(self, setting)
-            for setting in ("activation", "guard", "single_value")
-            if getattr(self, setting) != getattr(BatchNorm, setting)
-        }
-        shown = [f"{setting}={value!r}" for setting, value in (ours | self.switches()).items()]
-        return ", ".join([super().extra_repr(), *shown])
+        shown = super().extra_repr()
+        for setting in ("activation", "guard", "single_value"):
+            if getattr(self, setting) != getattr(BatchNorm, setting):
+                shown += f", {setting}={getattr(self, setting)!r}"
+        for switch, value in self.switches().items():
+            shown += f", {switch}={value!r}"
+        return shown
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
