@@ -2,15 +2,21 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
+import typer
 from typer.testing import CliRunner
 
 from steadynorm.cli import app
 from steadynorm.cli.output import as_json, worded
+from steadynorm.doctor.rules import RULES, advice_of, code_of
 from steadynorm.errors import InputError
+from steadynorm.recipe import load
 
 HEALTHY = """
 import torch
@@ -33,6 +39,25 @@ def metrics(output, batch):
     return {"accuracy": (output.argmax(1) == batch[1]).float().mean().item()}
 """
 
+# Without a loss a model is examined as it was made: its statistics are as they were broken.
+UNTRAINED = HEALTHY.replace("def loss", "def unused")
+BROKEN_STATISTICS = (
+    UNTRAINED.replace("nn.BatchNorm2d(4)", "broken(nn.BatchNorm2d(4))")
+    + """
+def broken(norm):
+    norm.running_var[2] = float("nan")
+    return norm
+"""
+)
+STALE = (
+    UNTRAINED.replace("nn.BatchNorm2d(4)", "stale(nn.BatchNorm2d(4))").replace(", bias=False", "")
+    + """
+def stale(norm):
+    norm.running_mean += 5
+    return norm
+"""
+)
+
 
 def ran(*arguments):
     """The ended command; nothing but an exit may have stopped it, and no traceback is ever shown unasked."""
@@ -51,7 +76,7 @@ def refused(*arguments):
     lines = ended.stderr.splitlines()
     assert len(lines) == 1, ended.stderr
     assert lines[0].startswith("steadynorm: ")
-    assert lines[0].endswith(".")
+    assert lines[0].endswith((".", "?"))
     return lines[0]
 
 
@@ -76,7 +101,10 @@ def test_backends_lists_every_kernel_and_where_it_runs():
 
 
 def test_help_and_version_do_not_wait_for_torch():
-    code = "import sys; from steadynorm.cli import app; app(['--version'], standalone_mode=False); print('torch' in sys.modules)"
+    code = (
+        "import sys; from steadynorm.cli import app; "
+        "app(['--version'], standalone_mode=False); print('torch' in sys.modules)"
+    )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     version, has_torch = ended.stdout.split("\n")[:2]
     assert version.startswith("steadynorm 0.")
@@ -106,8 +134,6 @@ def test_json_is_readable_for_every_parser():
     ],
 )
 def test_whatever_stops_a_command_has_its_exit_code_and_sentence(capsys, error, code, sentence):
-    import typer
-
     with pytest.raises(typer.Exit) as ended, worded(show_traceback=False):
         raise error
     assert ended.value.exit_code == code
@@ -121,3 +147,219 @@ def test_a_reader_that_went_away_is_no_error(recipe):
     command = f"{sys.executable} -c 'from steadynorm.cli import main; main()' backends | true"
     ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert ended.stderr == ""
+
+
+def test_a_healthy_recipe_is_clean_and_its_text_goes_to_standard_output(recipe):
+    ended = ran("doctor", recipe())
+    assert ended.exit_code == 0, ended.output
+    assert "No faults found" in ended.stdout
+    assert ended.stderr == ""  # no progress where nobody watches
+
+
+def test_findings_have_their_own_exit_code(recipe):
+    ended = ran("doctor", recipe(BROKEN_STATISTICS))
+    assert ended.exit_code == 1, ended.output
+    assert "SN202" in ended.stdout
+    assert "1" in ended.stdout
+
+
+def test_only_the_rules_that_were_asked_for_are_checked(recipe):
+    path = recipe(BROKEN_STATISTICS)
+    chosen = json.loads(ran("doctor", path, "--select", "SN104,sn2", "--ignore", "SN203", "--format", "json").stdout)
+    assert set(chosen["checked"]) | set(chosen["unchecked"]) == {"SN104", "SN202"}
+    assert {finding["code"] for finding in chosen["findings"]} == {"SN202"}
+    assert ran("doctor", path, "--ignore", "SN2").exit_code == 0
+
+
+def test_a_diagnosis_as_json_is_data_alone(recipe):
+    ended = ran("doctor", recipe(BROKEN_STATISTICS), "--format", "json")
+    found = json.loads(ended.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["schema_version"] == 1
+    assert found["findings"][0]["where"] == "1"
+    assert ended.stderr == ""
+
+
+def test_a_page_is_written_and_its_path_is_what_is_printed(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = ran("doctor", recipe(), "--format", "html")
+    assert ended.stdout.strip() == str(tmp_path / "reports" / "doctor-mine.html")
+    assert os.listdir(tmp_path / "reports") == ["doctor-mine.html"]
+    assert "No faults found" in (tmp_path / "reports" / "doctor-mine.html").read_text()
+
+
+def test_the_suffix_chooses_the_format(recipe, tmp_path):
+    for name, start in (("a.html", "<!DOCTYPE html>"), ("a.json", "{"), ("a.txt", "✔")):
+        assert ran("doctor", recipe(), "--out", tmp_path / name, "--select", "SN104").exit_code == 0
+        assert (tmp_path / name).read_text().startswith(start)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_repaired_weights_fit_the_recipe_and_are_clean(recipe, tmp_path, suffix):
+    path, fixed = recipe(STALE), tmp_path / f"fixed{suffix}"
+    ended = ran("doctor", path, "--fix", fixed, "--format", "json")
+    assert ended.exit_code == 0, ended.output
+    data = json.loads(ended.stdout)
+    assert {finding["code"] for finding in data["findings"]} == {"SN104", "SN203"}
+    assert len(data["repair"]["sentences"]) == 2
+    assert data["repair"]["after"]["is_clean"]
+    again = ran("doctor", path, "--weights", fixed, "--select", "SN2")
+    assert again.exit_code == 0, again.output
+    # The layer still has the bias, folded away: it is zeros, and the model computes the same.
+    assert torch.count_nonzero(load(str(path), fixed).model()[0].bias) == 0
+
+
+def test_every_rule_explains_itself():
+    for rule in RULES:
+        ended = ran("explain", code_of(rule))
+        assert ended.exit_code == 0
+        assert advice_of(rule) in ended.stdout
+        assert "Good:" in ended.stdout
+
+
+LAB = ("--batch-sizes", "4,8", "--norms", "batch,group", "--seeds", "2", "--steps", "4", "--workers", "1")
+
+
+def test_the_lab_stores_its_cells_and_skips_them_the_next_time(recipe, tmp_path):
+    command = ("lab", recipe(), *LAB, "--store", tmp_path / "rows.jsonl", "--out", tmp_path / "lab.json")
+    assert ran(*command).exit_code == 0
+    first = json.loads((tmp_path / "lab.json").read_text())
+    assert len(first["rows"]) == 8
+    assert first["verdict"]["sentence"]
+    lines = (tmp_path / "rows.jsonl").read_text()
+    assert ran(*command).exit_code == 0
+    assert (tmp_path / "rows.jsonl").read_text() == lines
+    assert json.loads((tmp_path / "lab.json").read_text())["verdict"] == first["verdict"]
+
+
+def test_a_stopped_lab_goes_on_where_it_was(recipe, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    arguments = ["lab", str(recipe()), "--batch-sizes", "4", "--norms", "batch", "--seeds", "200", "--store", str(rows)]
+    command = [sys.executable, "-c", "from steadynorm.cli import main; main()", *arguments]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (rows.exists() and rows.read_text().endswith("\n")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    started.send_signal(signal.SIGINT)
+    stdout, stderr = started.communicate(timeout=30)
+    assert started.returncode == 130, stderr
+    assert stdout == ""
+    assert stderr == f"steadynorm: stopped. Finished cells are in {rows}: the same command goes on from there.\n"
+    kept = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert kept
+    assert not any(row["error"] for row in kept)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("x = 1", ("does not define model", "def model() -> nn.Module")),
+        (HEALTHY.replace("def batches", "def other"), ("does not define batches", "Iterable")),
+        (HEALTHY.replace("def model():", "def model(width):"), ("model(width)",)),
+        (HEALTHY.replace("return nn.Sequential", "return len"), ("model()", "TypeError", "mine.py:")),
+        ("import nothing_of_that_name", ("cannot be imported", "nothing_of_that_name", "mine.py:1")),
+        ("def model(:", ("cannot be imported", "SyntaxError", "mine.py:1")),
+        ("raise SystemExit(0)", ("cannot be imported", "SystemExit")),
+        (HEALTHY.replace("range(8 if", "range(0 if").replace("else 2)", "else 0)"), ("empty",)),
+        (HEALTHY.replace("for _ in range", "for _ in 1 / 0 or range"), ("batches()", "ZeroDivisionError", "mine.py:")),
+    ],
+    ids=["no model", "no batches", "signature", "model raises", "import", "syntax", "exit", "empty", "loader raises"],
+)
+@pytest.mark.parametrize("command", [("doctor",), ("lab", *LAB)], ids=["doctor", "lab"])
+def test_a_broken_recipe_is_refused_in_one_sentence(recipe, tmp_path, monkeypatch, command, source, words):
+    monkeypatch.chdir(tmp_path)
+    sentence = refused(command[0], recipe(source), *command[1:], "--format", "html")
+    for word in words:
+        assert word in sentence
+    assert os.listdir(tmp_path) == ["recipe"]  # nothing half-written
+
+
+def test_a_forward_that_raises_is_a_finding_of_the_doctor_and_stops_the_lab(recipe, tmp_path):
+    path = recipe(HEALTHY.replace("nn.Linear(144, 3)", "nn.Linear(7, 3)"))
+    ended = ran("doctor", path)
+    assert ended.exit_code == 1
+    assert "SN001" in ended.stdout
+    assert "RuntimeError" in refused("lab", path, *LAB, "--store", tmp_path / "rows.jsonl")
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_batches_that_hold_nan_are_a_finding(recipe):
+    ended = ran("doctor", recipe(HEALTHY.replace("+ target.view(-1, 1, 1, 1)", "* float('nan')")))
+    assert ended.exit_code == 1
+    assert "SN002" in ended.stdout
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.pkl", "missing.pt", "other.safetensors"])
+def test_weights_that_cannot_be_trusted_or_read_are_refused(recipe, tmp_path, name):
+    proof = tmp_path / "it ran"
+    if name.startswith("weights"):
+        torch.save(Bomb(proof), tmp_path / name)
+    elif name.startswith("other"):
+        (tmp_path / name).write_text("no weights")
+    assert name in refused("doctor", recipe(), "--weights", tmp_path / name)
+    assert not proof.exists()
+
+
+class Bomb:
+    """What a hostile pickle does when it is opened."""
+
+    def __init__(self, proof):
+        self.proof = proof
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.proof),)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("lab", "digits", "--batch-sizes", "2,x"), "'2,x'"),
+        (("lab", "digits", "--batch-sizes", ""), "--batch-sizes"),
+        (("lab", "digits", "--batch-sizes", "0,2"), "batch size of 0"),
+        (("lab", "digits", "--norms", "batch,grup"), "'grup'"),
+        (("doctor", "digits", "--select", "SN999"), "SN999"),
+        (("doctor", "digits", "--ignore", "nonsense"), "nonsense"),
+        (("doctor", "no_such_recipe"), "no_such_recipe"),
+        (("doctor", "no/such/recipe.py"), "no/such/recipe.py"),
+        (("doctor", "digits", "--fix", "weights.bin"), "weights.bin"),
+        (("doctor", "digits", "--weights", "none.pt"), "none.pt"),
+        (("explain", "SN999"), "SN999"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused_in_one_sentence(tmp_path, monkeypatch, arguments, word):
+    monkeypatch.chdir(tmp_path)
+    assert word in refused(*arguments)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("doctor", "digits", "--out"),
+        ("doctor", "digits", "--fix"),
+        ("lab", "digits", "--out"),
+        ("lab", "digits", "--store"),
+        ("demo", "--folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_said_before_the_work(monkeypatch, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("steadynorm.recipe.train", lambda *_, **__: pytest.fail("the work had begun"))
+    # A file system that takes no files, whoever asks: permission bits do not stop the superuser.
+    assert "cannot write /proc/" in refused(*arguments, "/proc/report.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_whole_traceback_is_shown_when_asked_for(recipe):
+    ended = ran("doctor", recipe(HEALTHY.replace("return nn.Sequential", "return len")), "--traceback")
+    assert ended.exit_code == 2
+    assert "Traceback (most recent call last)" in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("steadynorm: model() of the recipe raised TypeError")
+
+
+@pytest.mark.slow
+def test_the_demo_runs_and_ends_with_the_path_of_its_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ended = ran("demo")
+    assert ended.exit_code == 0
+    assert ended.stdout.splitlines()[-1] == str(tmp_path / "demo" / "report.html")
+    assert sorted(os.listdir(tmp_path / "demo")) == ["lab-digits.jsonl", "report.html"]

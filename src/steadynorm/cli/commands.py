@@ -102,6 +102,7 @@ def lab(
     seeds: Annotated[int, typer.Option(min=1, help="How many times each cell is trained.")] = 3,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps at batch size 32.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where finished cells are kept.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; without it one per core, up to four.")] = None,
     format: FormatOption = None,
     out: OutOption = None,
     traceback: TracebackOption = False,
@@ -118,14 +119,29 @@ def lab(
         result = output(format, out, f"lab-{Path(recipe).stem}")
         with writing(kept):
             ensure_writable(kept)
-        study = run_lab(load(recipe), batch_sizes=sizes, norms=words(norms), seeds=seeds, store=kept, steps=steps)
+        study = run_lab(
+            load(recipe),
+            batch_sizes=sizes,
+            norms=words(norms),
+            seeds=seeds,
+            store=kept,
+            steps=steps,
+            workers=workers,
+        )
         document = study.document()
         result.write([document], study.to_dict(), document.title)
         raise typer.Exit(FINDINGS if document.status == "error" else CLEAN)
 
 
 def run_lab(
-    recipe: "Recipe", *, batch_sizes: Sequence[int], norms: Sequence[str], seeds: int, store: Path, steps: int | None
+    recipe: "Recipe",
+    *,
+    batch_sizes: Sequence[int],
+    norms: Sequence[str],
+    seeds: int,
+    store: Path,
+    steps: int | None = None,
+    workers: int | None = None,
 ) -> "Study":
     """Run the lab under a progress bar with its own estimate of the time left: small batches take longer."""
     from steadynorm import lab as laboratory
@@ -139,6 +155,7 @@ def run_lab(
             seeds=seeds,
             store=store,
             steps=steps or DEFAULT_STEPS,
+            workers=workers,
             on_progress=lambda at: advance(at.done, at.total, at.seconds_left),
         )
 
