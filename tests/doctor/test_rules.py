@@ -15,6 +15,7 @@ from steadynorm.doctor import rules
 from steadynorm.doctor.rules import RULES, advice_of, code_of
 from steadynorm.errors import InputError
 from steadynorm.probe import PARTS, Facts
+from tests.doctor.cases import FAULTS, HEALTHY
 
 CODES = [code_of(rule) for rule in RULES]
 SECTIONS = ("Why:", "Bad:", "Good:", "Source:")
@@ -77,3 +78,15 @@ def test_explain_shows_the_file(rule):
 def test_explain_names_the_rules_for_an_unknown_code():
     with pytest.raises(InputError, match=r"'SN999'.*SN001, SN002"):
         doctor.explain("SN999")
+
+
+def test_the_documentation_lists_every_rule():
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
+    for rule in RULES:
+        assert f"| {code_of(rule)} | {advice_of(rule)} |" in page
+
+
+def test_the_documentation_counts_the_cases():
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
+    assert f"plants {len(FAULTS)} faults" in page
+    assert f"holds {len(HEALTHY)} healthy" in page

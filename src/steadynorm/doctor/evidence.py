@@ -3,8 +3,8 @@
 from steadynorm.probe.facts import Effect
 
 
-def as_evidence(effect: Effect) -> dict[str, float | int | str]:
-    """The numbers of an effect by name."""
+def as_evidence(effect: Effect, before: str = "before", after: str = "after") -> dict[str, float | int | str]:
+    """The numbers of an effect by name; `before` and `after` are what its two sides are called."""
     named: dict[str, float | int | str] = {"samples": effect.samples, "distance of the outputs": effect.distance}
     if effect.null is not None:
         named["distance by chance"] = effect.null
@@ -12,7 +12,7 @@ def as_evidence(effect: Effect) -> dict[str, float | int | str]:
         named["predictions that change"] = effect.changed
     for name, pair in (("loss", effect.loss), (effect.metric_name, effect.metric)):
         if pair is not None:
-            named |= {f"{name} before": pair[0], f"{name} after": pair[1]}
+            named |= {f"{name} {before}": pair[0], f"{name} {after}": pair[1]}
     return named
 
 

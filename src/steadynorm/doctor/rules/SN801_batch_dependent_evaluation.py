@@ -43,11 +43,13 @@ def check(facts: Facts) -> Iterator[Finding]:
             "change of the model's output for it": leak.output_change,
             "second witness, NaN": "agrees" if leak.is_confirmed else "none",
         }
-        consequence = f"by up to {leak.output_change:.1%}" if is_visible else "not yet, since later layers hide it"
+        consequence = "later layers hide it so far"
+        if is_visible:
+            consequence = f"it moves the model's output by up to {leak.output_change:.1%}"
         if leak.effect is not None and is_visible:
-            evidence |= as_evidence(leak.effect)
+            evidence |= as_evidence(leak.effect, "as the batches come", "with other batch mates")
             if leak.effect.changed:
-                consequence = f"with {leak.effect.changed:.0%} of the predictions"
+                consequence = f"{leak.effect.changed:.0%} of the predictions change with other batch mates"
         yield Finding(
             code="SN801",
             severity="error" if is_visible else "warning",
@@ -55,7 +57,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             where=leak.path,
             message=(
                 f"In evaluation mode the output of this {leak.class_name} for one sample depends on the others in the "
-                f"batch; the model's output changes with them, {consequence}."
+                f"batch; {consequence}."
             ),
             evidence=evidence,
             fix=Fix(_advice(leak, facts)),
