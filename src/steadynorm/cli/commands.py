@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import steadynorm
-from steadynorm.cli.output import CLEAN, FINDINGS, Format, output, say, worded, writing
+from steadynorm.cli.output import CLEAN, FINDINGS, Format, output, say, worded, working, writing
 from steadynorm.errors import InputError
 from steadynorm.report import Document, Table, ensure_writable, terminal
 
 if TYPE_CHECKING:
     from steadynorm.lab import Study
-    from steadynorm.recipe import Recipe
 
 app = typer.Typer(
     name="steadynorm",
@@ -78,17 +77,23 @@ def doctor(
         result = output(format, out, f"doctor-{Path(recipe).stem}")
         if fix is not None:
             repaired.ensure_possible(fix)
-        loaded, wanted, unwanted = load(recipe, weights), words(select), words(ignore)
-        with terminal.progress(f"doctor {loaded.name}", terminal.console(stderr=True)) as advance:
+        wanted, unwanted = words(select), words(ignore)
+        with working(f"doctor {recipe}") as advance:
+            loaded = load(recipe, weights)
             model, diagnosis = clinic.examine_recipe(
                 loaded, batch_size=batch_size, seed=seed, select=wanted, ignore=unwanted, on_progress=advance
             )
-        document, data = diagnosis.document(), diagnosis.to_dict()
+            document, data = diagnosis.document(), diagnosis.to_dict()
+            if fix is not None:
+                repair = repaired.repair(
+                    model, diagnosis, loaded, fix, batch_size=batch_size, select=wanted, ignore=unwanted
+                )
+                document, data, diagnosis = (
+                    repair.document(document),
+                    {**data, "repair": repair.to_dict()},
+                    repair.after,
+                )
         if fix is not None:
-            repair = repaired.repair(
-                model, diagnosis, loaded, fix, batch_size=batch_size, select=wanted, ignore=unwanted
-            )
-            document, data, diagnosis = repair.document(document), {**data, "repair": repair.to_dict()}, repair.after
             say(f"the repaired weights are in {fix}.")
         result.write([document], data, document.title)
         raise typer.Exit(CLEAN if diagnosis.is_clean else FINDINGS)
@@ -113,14 +118,12 @@ def lab(
     """
     kept = store or Path("reports") / f"lab-{Path(recipe).stem}.jsonl"
     with worded(traceback, f"Finished cells are in {kept}: the same command goes on from there."):
-        from steadynorm.recipe import load
-
         sizes = numbers(batch_sizes, "--batch-sizes")
         result = output(format, out, f"lab-{Path(recipe).stem}")
         with writing(kept):
             ensure_writable(kept)
         study = run_lab(
-            load(recipe),
+            recipe,
             batch_sizes=sizes,
             norms=words(norms),
             seeds=seeds,
@@ -134,7 +137,7 @@ def lab(
 
 
 def run_lab(
-    recipe: "Recipe",
+    recipe: str,
     *,
     batch_sizes: Sequence[int],
     norms: Sequence[str],
@@ -146,10 +149,11 @@ def run_lab(
     """Run the lab under a progress bar with its own estimate of the time left: small batches take longer."""
     from steadynorm import lab as laboratory
     from steadynorm.lab.trials import DEFAULT_STEPS
+    from steadynorm.recipe import load
 
-    with terminal.progress(f"lab {recipe.name}", terminal.console(stderr=True)) as advance:
+    with working(f"lab {recipe}") as advance:
         return laboratory.run(
-            recipe,
+            load(recipe),
             batch_sizes=batch_sizes,
             norms=norms,
             seeds=seeds,
@@ -197,13 +201,12 @@ def demo(
         result = output(Format.HTML, folder / "report.html", "demo")
         console, documents = terminal.console(), []
         for name in ("digits", "digits_faulty"):
-            recipe = load(name)
-            with terminal.progress(f"doctor {name}", terminal.console(stderr=True)) as advance:
-                _, diagnosis = clinic.examine_recipe(recipe, on_progress=advance)
+            with working(f"doctor {name}") as advance:
+                _, diagnosis = clinic.examine_recipe(load(name), on_progress=advance)
             documents.append(diagnosis.document())
             terminal.show(documents[-1], console)
         study = run_lab(
-            load("digits"),
+            "digits",
             batch_sizes=DEMO_BATCH_SIZES,
             norms=DEMO_NORMS,
             seeds=DEMO_SEEDS,

@@ -5,7 +5,7 @@ import math
 import sys
 import traceback as tracebacks
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from enum import StrEnum
 from io import StringIO
@@ -117,6 +117,13 @@ def _as_text(documents: Sequence[Document]) -> str:
     for document in documents:
         terminal.show(document, console)
     return "\n".join(line.rstrip() for line in stream.getvalue().strip().splitlines()) + "\n"
+
+
+@contextmanager
+def working(title: str) -> Iterator[terminal.Advance]:
+    """A progress bar while the user's code runs; what that code prints is no result and goes to standard error."""
+    with redirect_stdout(sys.stderr), terminal.progress(title, terminal.console(stderr=True)) as advance:
+        yield advance
 
 
 def say(text: str) -> None:
