@@ -4,9 +4,14 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
+    from steadynorm import doctor as doctor
     from steadynorm import errors as errors
     from steadynorm import functional as functional
+    from steadynorm import lab as lab
     from steadynorm import layers as layers
+    from steadynorm.doctor import examine as examine
+    from steadynorm.doctor import repair as repair
+    from steadynorm.kernels import backend as backend
     from steadynorm.layers import BatchNorm1d as BatchNorm1d
     from steadynorm.layers import BatchNorm2d as BatchNorm2d
     from steadynorm.layers import BatchNorm3d as BatchNorm3d
@@ -24,13 +29,19 @@ __all__ = [
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
     "__version__",
+    "backend",
+    "doctor",
     "errors",
+    "examine",
     "functional",
+    "lab",
     "layers",
+    "repair",
 ]
 
 # Where a name lives; it is imported when it is first asked for. A name that is not here is a submodule.
-_HOMES = dict.fromkeys((name for name in __all__ if "BatchNorm" in name), "layers")
+_HOMES = {"backend": "kernels", "examine": "doctor", "repair": "doctor"}
+_HOMES |= {name: "layers" for name in __all__ if "BatchNorm" in name}
 
 if not typing.TYPE_CHECKING:
 

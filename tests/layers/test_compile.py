@@ -15,7 +15,11 @@ from steadynorm.errors import NonFiniteStatisticsError
 from steadynorm.layers import BatchNorm1d, BatchNorm2d
 
 # The compiler makes an instance of every autograd function that it meets, and torch warns of instances.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+# The default compiler uses deprecated parts of torch itself.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning"),
+]
 
 OPTIONS = [
     {},
