@@ -1,5 +1,6 @@
 """Where cells run: one after the other in this process, or in local worker processes."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from queue import Queue
+from typing import Any
 
 from steadynorm import machine
 from steadynorm.errors import SteadynormError
@@ -74,10 +76,13 @@ def in_processes(recipe: Recipe, cells: Sequence[Cell], budget: Budget, workers:
                 finished.put((cell, worker.measure(cell)))
         except BaseException as error:  # a thread's exception would be lost, and the reader wait for ever
             finished.put(error)
+        finally:
+            worker.close()
 
+    threads = [threading.Thread(target=keep_busy, args=(worker,), daemon=True) for worker in crew]
     try:
-        for worker in crew:
-            threading.Thread(target=keep_busy, args=(worker,), daemon=True).start()
+        for thread in threads:
+            thread.start()
         for _ in cells:
             result = finished.get()
             if isinstance(result, BaseException):
@@ -87,7 +92,9 @@ def in_processes(recipe: Recipe, cells: Sequence[Cell], budget: Budget, workers:
         with lock:
             waiting = iter(())
         for worker in crew:
-            worker.stop()
+            worker.kill()  # its thread reads the end of the answers and closes it
+        for thread in threads:
+            thread.join()
 
 
 class _Worker:
@@ -107,25 +114,32 @@ class _Worker:
 
     def measure(self, cell: Cell) -> Outcome:
         started = time.perf_counter()
-        process = self.process = self.process or self._start()
+        self.process = self.process or self._start()
+        answer = self._ask(self.process, {**self.task, "cell": asdict(cell)})
+        if answer.endswith("\n"):
+            return Outcome(**json.loads(answer))
+        error = f"the worker process died ({self._end()})"
+        return Outcome({}, time.perf_counter() - started, error)
+
+    def kill(self) -> None:
+        if (process := self.process) is not None:
+            process.kill()
+
+    def close(self) -> None:
+        self.kill()
+        self._end()
+        self.complaints.close()
+
+    def _ask(self, process: subprocess.Popen[str], message: dict[str, Any]) -> str:
+        """The line that the process answers, or less if it dies before."""
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            process.stdin.write(json.dumps(asdict(cell)) + "\n")
+            process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
-            answer = process.stdout.readline()
+            return process.stdout.readline()
         except BrokenPipeError:
-            answer = ""
-        if answer.endswith("\n"):
-            return Outcome(**json.loads(answer))
-        self.process = None
-        return Outcome({}, time.perf_counter() - started, f"the worker process died ({self._last_words(process)})")
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-        self.complaints.close()
+            return ""
 
     def _start(self) -> subprocess.Popen[str]:
         limits = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
@@ -138,13 +152,17 @@ class _Worker:
             text=True,
             env={**os.environ, **limits, "PYTHONPATH": path},
         )
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(self.task) + "\n")
-        process.stdin.flush()
         return process
 
-    def _last_words(self, process: subprocess.Popen[str]) -> str:
+    def _end(self) -> str:
+        """Wait for the process to end, close its pipes, and say how it ended."""
+        process, self.process = self.process, None
+        if process is None:
+            return ""
         code = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(BrokenPipeError):  # what was left to send to a dead process
+                pipe.close()  # type: ignore[union-attr]
         self.complaints.seek(0)
         lines = self.complaints.read().strip().splitlines()
         return f"signal {-code}" if code < 0 else f"exit code {code}{f': {lines[-1]}' if lines else ''}"

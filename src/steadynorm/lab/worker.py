@@ -1,4 +1,4 @@
-"""A process that measures cells: a task in its first line, then a cell in every line, and an outcome back for each.
+"""A process that measures cells: in every line a task with its cell, and an outcome back for each.
 
 Lines of JSON rather than multiprocessing: nothing is pickled, the script that called the lab need not be importable,
 and a worker whose parent is gone sees the end of its input and ends.
@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from dataclasses import asdict
+from functools import cache
 
 import torch
 
@@ -24,12 +25,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a run is over
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a recipe prints is no answer
-    task = json.loads(sys.stdin.readline())
-    torch.set_num_threads(task["threads"])
-    budget = Budget(**task["budget"])
-    recipe = _loaded(task)
     for line in sys.stdin:
-        cell = Cell(**json.loads(line))
+        task = json.loads(line)
+        torch.set_num_threads(task["threads"])
+        recipe = loaded(task["spec"], task["weights"], task["fingerprint"])
+        cell, budget = Cell(**task["cell"]), Budget(**task["budget"])
         outcome = Outcome({}, 0.0, recipe) if isinstance(recipe, str) else measure(recipe, cell, budget)
         try:
             answers.write(json.dumps(asdict(outcome)) + "\n")
@@ -38,14 +38,15 @@ def main() -> None:
             os._exit(0)  # the parent is gone; an orderly end would flush into the same broken pipe
 
 
-def _loaded(task: dict[str, str]) -> Recipe | str:
+@cache
+def loaded(spec: str, weights: str | None, fingerprint: str) -> Recipe | str:
     """The recipe, or why every cell fails."""
     try:
-        recipe = load(task["spec"], task["weights"])
+        recipe = load(spec, weights)
     except SteadynormError as error:
         return str(error)
-    if recipe.fingerprint != task["fingerprint"]:
-        return f"the recipe {task['spec']} was changed while the lab was running: start the lab again."
+    if recipe.fingerprint != fingerprint:
+        return f"the recipe {spec} was changed while the lab was running: start the lab again."
     return recipe
 
 
