@@ -82,6 +82,19 @@ def _is_refused(backward) -> bool:
     return False
 
 
+def test_running_statistics_that_move_before_the_backward_pass(backend):
+    """An evaluation pass, a training pass, then the gradient of the first: as if the second had not been."""
+    x, dy, weight = torch.randn(4, 6, 5, requires_grad=True), torch.randn(4, 6, 5), torch.randn(6)
+    found = []
+    for moves in (False, True):
+        running = [torch.linspace(-1, 1, 6), torch.linspace(0.5, 2, 6)]
+        y = batch_norm(x, *running, weight, activation="silu")
+        if moves:
+            batch_norm(x.detach() + 3, *running, weight, training=True)
+        found.append(torch.autograd.grad(y, x, dy)[0])
+    assert torch.equal(*found)
+
+
 def leaves_in_float64(shape=(2, 2, 3)):
     x, residual = torch.randn(shape).double(), torch.randn(shape).double()
     tensors = (x, torch.randn(shape[1]).double() + 1, torch.randn(shape[1]).double(), residual)
