@@ -16,8 +16,7 @@ from torch.autograd import forward_ad
 from steadynorm import grouping as grouping_
 from steadynorm.errors import InputError
 from steadynorm.grouping import dense_like
-from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, reference
-from steadynorm.kernels import ops as _ops  # noqa: F401 - registers the ops
+from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, ops, reference
 from steadynorm.moments import Moments
 
 __all__ = ["ACTIVATIONS", "batch_norm", "normalize_batch", "normalize_running", "update_running_"]
@@ -44,10 +43,11 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.is_given = mean is not None and var is not None
         flat = None if mask is None else mask.reshape(grouping[0], grouping[2])
+        run = OPS if ops.is_traced(x) else ops
         if mean is not None and var is not None:
-            y = OPS.normalize(x, *grouping, mean, var, weight, bias, residual, flat, eps, activation)
+            y = run.normalize(x, *grouping, mean, var, weight, bias, residual, flat, eps, activation)
         else:
-            y, mean, var = OPS.forward(x, *grouping, weight, bias, residual, flat, eps, activation)
+            y, mean, var = run.forward(x, *grouping, weight, bias, residual, flat, eps, activation)
         ctx.settings = (grouping, eps, activation)
         ctx.has_residual = residual is not None
         takes_output = ctx.has_residual and activation in FROM_OUTPUT
@@ -82,7 +82,8 @@ class _Normalize(torch.autograd.Function):
             dresidual: Tensor | None = dy
         else:
             dresidual = None
-        dx, dweight, dbias, g = OPS.backward(
+        run = OPS if ops.is_traced(x) else ops
+        dx, dweight, dbias, g = run.backward(
             dy,
             x,
             *grouping,
@@ -161,7 +162,10 @@ def _normalize(
     x, grouping = grouping_.batch(x)
     if residual is not None:
         residual = dense_like(residual, x)
-    mean, var = (None, None) if statistics is None else statistics
+    mean = var = None
+    if statistics is not None:
+        # Copies: what the backward pass reads must not move with the running statistics.
+        mean, var = (t.detach().to(reference.statistics_dtype(x), copy=True) for t in statistics)
     return _Normalize.apply(x, weight, bias, residual, mask, mean, var, tuple(grouping), eps, activation)
 
 
@@ -238,7 +242,8 @@ def update_running_(
         return
     count = moments.count
     plain, tensor = (0, count) if isinstance(count, Tensor) else (count, None)
-    OPS.update_running_(
+    run = OPS if ops.is_traced(running_mean) else ops
+    run.update_running_(
         running_mean, running_var, num_batches_tracked, moments.mean, moments.var, tensor, plain, momentum, guard
     )
 

@@ -9,6 +9,7 @@ contiguous runs) and `inner == 1` (groups are the columns of a matrix).
     batch           (N, C)             -> (N, C, 1)
 """
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -61,10 +62,8 @@ def batch(x: Tensor) -> tuple[Tensor, Grouping]:
 
     Returns: `x` itself where its memory is dense in one of the two layouts, else a contiguous copy; and its grouping.
     """
-    n, c = x.shape[0], x.shape[1]
-    inner = 1
-    for size in x.shape[2:]:
-        inner *= size
+    n, c, *spatial = x.shape
+    inner = math.prod(spatial)
     if is_channels_last(x):
         return x, Grouping(n * inner, c, 1)
     return x.contiguous(), Grouping(n, c, inner)

@@ -5,11 +5,11 @@ activation, on first use, and kept on disk.
 """
 
 import ctypes
-import ctypes.util
-from functools import cache
+import math
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from steadynorm.grouping import Grouping
 from steadynorm.kernels import reference
 from steadynorm.kernels.cpu import arguments as at
 from steadynorm.kernels.cpu import build
-from steadynorm.kernels.cpu.arguments import Arguments
 from steadynorm.kernels.cpu.memory import empty_like
 from steadynorm.moments import Moments
 
@@ -79,7 +78,7 @@ def _kernel(kind: str, dtype: torch.dtype, activation: str | None = None) -> Any
     storage = STORAGE[dtype]
 
     def make() -> Any:
-        from steadynorm.kernels.cpu import planes, rows
+        from steadynorm.kernels.cpu import planes, rows, running
         from steadynorm.kernels.cpu.simd import STORAGES
 
         module, maker = {
@@ -90,7 +89,10 @@ def _kernel(kind: str, dtype: torch.dtype, activation: str | None = None) -> Any
             "rows_normalize": (rows, "make_normalize"),
             "rows_sums": (rows, "make_sums"),
             "rows_input": (rows, "make_input"),
+            "running_update": (running, "make_update"),
         }[kind]
+        if kind == "running_update":
+            return running.make_update()
         if kind in ("rows_columns", "rows_statistics"):
             return getattr(module, maker)(STORAGES[storage])
         return getattr(module, maker)(STORAGES[storage], activation)
@@ -98,71 +100,90 @@ def _kernel(kind: str, dtype: torch.dtype, activation: str | None = None) -> Any
     return build.load(f"{kind}_{storage}_{activation or 'none'}", make)
 
 
-class Call:
-    """One call on one tensor: its layout, its arguments, and the memory they point to."""
+class Plan(NamedTuple):
+    """What a call does that depends on sizes only."""
 
-    def __init__(self, x: Tensor, grouping: Grouping, eps: float, weight: Tensor | None, bias: Tensor | None) -> None:
-        self.x, self.grouping = x, grouping
-        self.alive: list[Any] = []
-        self.arguments = Arguments()
-        self.integers = self.arguments.integers
-        self.integers[at.X] = x.data_ptr()
-        self.arguments.floats[at.EPS] = eps
-        self.arguments.floats[at.PER_COUNT] = 1.0 / grouping.values_per_group
-        for place, size, parameter in ((at.WEIGHT, at.WEIGHT_BYTES, weight), (at.BIAS, at.BIAS_BYTES, bias)):
-            if parameter is not None:
-                self._parameter(place, size, parameter)
-        self.threads = 1 if x.numel() < SERIAL_BELOW else torch.get_num_threads()
-        if grouping.is_rows:
-            self._plan_rows()
-        else:
-            self._plan_planes()
+    template: bytes
+    tasks: int
+    threads: int
+    scratch_bytes: int
+    fold: int
+    is_aligned: bool  # whether every row of the tensor starts at a whole vector, if the tensor does
+
+
+@lru_cache(maxsize=1024)
+def _plan(grouping: Grouping, dtype: torch.dtype, eps: float, is_given: bool, threads: int) -> Plan:
+    outer, group, inner = grouping
+    values: dict[int, int | float] = {at.EPS: float(eps), at.GROUP: group, at.INNER: inner}
+    values[at.PER_COUNT] = 0.0 if is_given else 1.0 / grouping.values_per_group
+    size = dtype.itemsize
+    if outer * group * inner < SERIAL_BELOW:
+        threads = 1
+    fold, is_aligned = 1, True
+    if grouping.is_rows:
+        if group < FOLD_BELOW:
+            fold = max(1, min(FOLDED_COLUMNS // group, outer))
+        rows, columns = outer // fold, group * fold
+        tasks = max(1, min(-(-rows * columns // ROW_BLOCK), MOST_ROW_BLOCKS, rows))
+        block = -(-rows // tasks)
+        tasks = -(-rows // block)
+        width = -(-columns // 16) * 16
+        values |= {at.OUTER: rows, at.EXTRA: outer % fold * group, at.FOLD: fold}
+        is_aligned = columns % 16 == 0
+        # The coefficients come first; see Call.
+        scratch = 5 * width * (8 if size == 8 else 4) + tasks * 2 * width * 8
+    else:
+        block = min(max(1, PLANE_BLOCK // (inner * size)), group)
+        tasks = -(-group // block)
+        values[at.OUTER] = outer
+        scratch = min(threads, tasks) * block * at.SLOT
+    values |= {at.BLOCK: block, at.TASKS: tasks}
+    return Plan(at.template(values), tasks, min(threads, tasks), scratch, fold, is_aligned)
+
+
+class Call:
+    """One call on one tensor: its plan, its arguments, and the memory they point to."""
+
+    __slots__ = ("address", "alive", "integers", "is_rows", "plan", "x")
+
+    def __init__(
+        self,
+        x: Tensor,
+        grouping: Grouping,
+        eps: float,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        is_given: bool = False,
+    ) -> None:
+        self.x, self.is_rows = x, grouping.is_rows
+        self.plan = plan = _plan(grouping, x.dtype, eps, is_given, torch.get_num_threads())
+        self.integers = values = at.Integers.from_buffer_copy(plan.template)
+        self.address = ctypes.addressof(values)
+        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8)
+        self.alive = [scratch]
+        values[at.X] = values[at.PIVOT] = x.data_ptr()
+        values[at.SCRATCH] = scratch.data_ptr()
+        if self.is_rows:
+            columns = scratch.data_ptr()
+            width = -(-grouping.group * plan.fold // 16) * 16
+            values[at.COLUMNS] = columns
+            values[at.SCRATCH] = columns + 5 * width * (8 if x.dtype is torch.float64 else 4)
+            if plan.fold > 1:
+                first_row = torch.as_strided(x, (grouping.group,), (1,), x.storage_offset())
+                pivots = first_row.repeat(plan.fold)
+                self.alive.append(pivots)
+                values[at.PIVOT] = pivots.data_ptr()
+        if weight is not None:
+            self._parameter(at.WEIGHT, at.WEIGHT_BYTES, weight)
+        if bias is not None:
+            self._parameter(at.BIAS, at.BIAS_BYTES, bias)
 
     def _parameter(self, place: int, size: int, value: Tensor) -> None:
-        if value.dtype not in (torch.float32, torch.float64) or not value.is_contiguous():
-            value = value.double().contiguous()
+        if (value.dtype is not torch.float32 and value.dtype is not torch.float64) or not value.is_contiguous():
+            value = value.detach().double().contiguous()
             self.alive.append(value)
         self.integers[place] = value.data_ptr()
         self.integers[size] = value.element_size()
-
-    def _scratch(self, size: int) -> int:
-        memory = torch.empty(size, dtype=torch.uint8)
-        self.alive.append(memory)
-        return memory.data_ptr()
-
-    def _plan_planes(self) -> None:
-        outer, group, inner = self.grouping
-        block = min(max(1, PLANE_BLOCK // (inner * self.x.element_size())), group)
-        self.tasks = -(-group // block)
-        self.threads = min(self.threads, self.tasks)
-        values = self.integers
-        values[at.OUTER], values[at.GROUP], values[at.INNER], values[at.BLOCK] = outer, group, inner, block
-        values[at.SCRATCH] = self._scratch(self.threads * block * at.SLOT)
-
-    def _plan_rows(self) -> None:
-        rows, group, _ = self.grouping
-        fold = 1
-        if group < FOLD_BELOW:
-            fold = max(1, min(FOLDED_COLUMNS // group, rows))
-        columns = group * fold
-        extra = rows % fold * group
-        rows //= fold
-        tasks = max(1, min(-(-self.x.numel() // ROW_BLOCK), MOST_ROW_BLOCKS, rows))
-        block = max(1, -(-rows // tasks))
-        self.tasks = max(1, -(-rows // block))
-        self.threads = min(self.threads, self.tasks)
-        values = self.integers
-        values[at.OUTER], values[at.GROUP], values[at.BLOCK] = rows, group, block
-        values[at.EXTRA], values[at.FOLD] = extra, fold
-        width = -(-columns // 16) * 16
-        values[at.SCRATCH] = self._scratch(self.tasks * 2 * width * 8)
-        values[at.COLUMNS] = self._scratch(5 * width * (8 if self.x.dtype == torch.float64 else 4) + 128)
-        values[at.PIVOT] = self.x.data_ptr()
-        if fold > 1:
-            first_row = torch.as_strided(self.x, (group,), (1,), self.x.storage_offset())
-            pivots = first_row.repeat(fold)
-            self.alive.append(pivots)
-            values[at.PIVOT] = pivots.data_ptr()
 
     def point(self, place: int, tensor: Tensor | None) -> None:
         """Give the kernels the address of a tensor; None is address 0."""
@@ -170,25 +191,25 @@ class Call:
 
     def set_streaming(self, output: Tensor, least: int) -> None:
         """Let the output bypass the caches where it would not stay there anyway, and where its memory is aligned."""
-        size = output.numel() * output.element_size()
-        vector = 16 * output.element_size()
-        columns = self.grouping.group * self.integers[at.FOLD] * output.element_size()
-        is_aligned = not self.grouping.is_rows or (output.data_ptr() % vector == 0 and columns % vector == 0)
-        self.integers[at.STREAMS] = size >= least and is_aligned
+        size = output.element_size()
+        if output.numel() * size >= least:
+            is_aligned = self.plan.is_aligned and (not self.is_rows or output.data_ptr() % (16 * size) == 0)
+            self.integers[at.STREAMS] = is_aligned
 
     def run(self, kind: str, stages: int, activation: str | None = None) -> None:
         """Launch a kernel on this call's threads."""
-        kernel = _kernel(kind, self.x.dtype, activation)
-        build.run(kernel, self.arguments.restart(self.tasks, stages), self.threads)
+        self.integers[at.TICKET] = self.integers[at.WORKERS] = 0
+        self.integers[at.STAGES] = stages
+        build.run(_kernel(kind, self.x.dtype, activation), self.address, self.plan.threads)
 
     def columns(self, stages: int) -> None:
         """Do the rows' work between the sweeps."""
-        _kernel("rows_columns", self.x.dtype)(self.arguments.restart(self.tasks, stages))
+        self.integers[at.STAGES] = stages
+        _kernel("rows_columns", self.x.dtype)(self.address)
 
 
 def _statistics(group: int) -> tuple[Tensor, Tensor]:
-    pair = torch.empty(2, group, dtype=torch.float64)
-    return pair[0], pair[1]
+    return torch.empty(group, dtype=torch.float64), torch.empty(group, dtype=torch.float64)
 
 
 def _take_moments(call: Call, mean: Tensor, var: Tensor) -> None:
@@ -198,7 +219,7 @@ def _take_moments(call: Call, mean: Tensor, var: Tensor) -> None:
 
 def moments(x: Tensor, grouping: Grouping, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See the contract in `steadynorm.kernels`."""
-    call = Call(x, grouping, 0.0, None, None)
+    call = Call(x, grouping, 0.0)
     mean, var = _statistics(grouping.group)
     _take_moments(call, mean, var)
     if grouping.is_rows:
@@ -273,7 +294,7 @@ def _begin_backward(
     y: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Point a call to everything that both passes back read; returns dweight and dbias, to be filled."""
-    dweight, dbias = _statistics(call.grouping.group)
+    dweight, dbias = torch.empty_like(mean), torch.empty_like(mean)
     _take_moments(call, mean, var)
     call.point(at.DY, dy)
     call.point(at.SIDE, residual if y is None else y)
@@ -326,7 +347,7 @@ def backward_input(
     eps: float = 1e-5,
 ) -> Tensor:
     """See the contract in `steadynorm.kernels`."""
-    call = Call(x, grouping, eps, weight, None)
+    call = Call(x, grouping, eps, weight, is_given=count is None)
     mean, var = mean.double().contiguous(), var.double().contiguous()
     dweight, dbias = dweight.double().contiguous(), dbias.double().contiguous()
     _take_moments(call, mean, var)
@@ -334,7 +355,8 @@ def backward_input(
     call.point(at.DY, g)
     call.point(at.DWEIGHT, dweight)
     call.point(at.DBIAS, dbias)
-    call.arguments.floats[at.PER_COUNT] = 0.0 if count is None else 1.0 / max(float(count), 1.0)
+    if count is not None:
+        at.Floats.from_buffer(call.integers)[at.PER_COUNT] = 1.0 / max(float(count), 1.0)
     dx = empty_like(x)
     call.point(at.DX, dx)
     call.set_streaming(dx, _last_level_cache() // 2)
@@ -363,11 +385,9 @@ def backward(
     needs_dresidual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See the contract in `steadynorm.kernels`."""
-    call = Call(x, grouping, eps, weight, bias)
+    call = Call(x, grouping, eps, weight, bias, is_given)
     mean, var = mean.double().contiguous(), var.double().contiguous()
     dweight, dbias = _begin_backward(call, dy, mean, var, residual, y)
-    if is_given:
-        call.arguments.floats[at.PER_COUNT] = 0.0
     dx = empty_like(x)
     call.point(at.DX, dx)
     dresidual = empty_like(x) if needs_dresidual else None
@@ -398,4 +418,29 @@ def ema_(
     guard: bool = True,
 ) -> None:
     """See `steadynorm.moments.ema_`."""
-    reference.ema_(running_mean, running_var, batch, momentum, num_batches_tracked=num_batches_tracked, guard=guard)
+    dtype = running_mean.dtype
+    is_plain = (
+        isinstance(batch.count, int)
+        and running_var.dtype is dtype
+        and (dtype is torch.float32 or dtype is torch.float64)
+        and running_mean.is_contiguous()
+        and running_var.is_contiguous()
+        and (num_batches_tracked is not None or momentum is not None)
+        and (num_batches_tracked is None or num_batches_tracked.dtype is torch.int64)
+    )
+    if not is_plain:
+        reference.ema_(running_mean, running_var, batch, momentum, num_batches_tracked=num_batches_tracked, guard=guard)
+        return
+    if batch.count == 0 and guard:
+        return
+    values = at.Integers()
+    floats = at.Floats.from_buffer(values)
+    values[at.GROUP] = running_mean.numel()
+    values[at.X], values[at.Y] = running_mean.data_ptr(), running_var.data_ptr()
+    values[at.WEIGHT_BYTES] = running_mean.element_size()
+    values[at.MEAN], values[at.VAR] = batch.mean.data_ptr(), batch.var.data_ptr()
+    values[at.COUNTER] = 0 if num_batches_tracked is None else num_batches_tracked.data_ptr()
+    values[at.GUARDS] = guard
+    floats[at.COUNT] = float(batch.count)
+    floats[at.MOMENTUM] = math.nan if momentum is None else momentum
+    _kernel("running_update", torch.float64)(ctypes.addressof(values))

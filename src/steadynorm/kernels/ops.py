@@ -1,7 +1,7 @@
 """The kernels as torch ops, so that `torch.compile` and `torch.export` keep each as one node.
 
 `torch.ops.steadynorm.*` picks a backend for every call; fake tensors get the shapes only. The ops know nothing of
-autograd: functional.py differentiates around them.
+autograd: functional.py differentiates around them. Outside of tracing the functions here are called as they are.
 """
 
 import torch
@@ -44,11 +44,21 @@ LIBRARY.define(
 )
 
 
-def _moments(x: Tensor, outer: int, group: int, inner: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def is_traced(x: Tensor) -> bool:
+    """Whether a call must be seen as an op: by a compiler, a dispatch mode, or the tensor's own class."""
+    return (
+        torch.compiler.is_compiling()
+        or (type(x) is not Tensor and type(x) is not torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def moments(x: Tensor, outer: int, group: int, inner: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and var of every group."""
     return kernels.choose(x, masked=mask is not None).moments(x, Grouping(outer, group, inner), mask)
 
 
-def _normalize(
+def normalize(
     x: Tensor,
     outer: int,
     group: int,
@@ -62,12 +72,13 @@ def _normalize(
     eps: float,
     activation: str | None,
 ) -> Tensor:
+    """y for given statistics."""
     backend = kernels.choose(x, masked=mask is not None)
     grouping = Grouping(outer, group, inner)
     return backend.normalize(x, grouping, mean, var, weight, bias, residual, mask, eps, activation)
 
 
-def _forward(
+def forward(
     x: Tensor,
     outer: int,
     group: int,
@@ -79,11 +90,12 @@ def _forward(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and var."""
     backend = kernels.choose(x, masked=mask is not None)
     return backend.forward(x, Grouping(outer, group, inner), weight, bias, residual, mask, eps, activation)
 
 
-def _backward_sums(
+def backward_sums(
     dy: Tensor,
     x: Tensor,
     outer: int,
@@ -99,12 +111,13 @@ def _backward_sums(
     eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """g, dweight and dbias."""
     backend = kernels.choose(x, masked=mask is not None)
     grouping = Grouping(outer, group, inner)
     return backend.backward_sums(dy, x, grouping, mean, var, weight, bias, residual, y, mask, eps, activation)
 
 
-def _backward_input(
+def backward_input(
     g: Tensor,
     x: Tensor,
     outer: int,
@@ -119,12 +132,13 @@ def _backward_input(
     mask: Tensor | None,
     eps: float,
 ) -> Tensor:
+    """dx."""
     backend = kernels.choose(x, masked=mask is not None)
     grouping = Grouping(outer, group, inner)
     return backend.backward_input(g, x, grouping, mean, var, weight, dweight, dbias, count, mask, eps)
 
 
-def _backward(
+def backward(
     dy: Tensor,
     x: Tensor,
     outer: int,
@@ -142,6 +156,7 @@ def _backward(
     is_given: bool,
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dweight, dbias and g; g is empty where it was not asked for."""
     backend = kernels.choose(x, masked=mask is not None)
     dx, dweight, dbias, g = backend.backward(
         dy,
@@ -162,7 +177,7 @@ def _backward(
     return dx, dweight, dbias, x.new_empty(0) if g is None else g
 
 
-def _update_running_(
+def update_running_(
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
@@ -173,12 +188,13 @@ def _update_running_(
     momentum: float | None,
     guard: bool,
 ) -> None:
+    """Move running statistics towards a batch, unless a backward pass is computing it again."""
     # Recomputation under activation checkpointing runs inside the backward pass, and its batch was counted already.
     if torch._C._current_graph_task_id() != -1:
         return
-    moments = Moments(mean, var, plain_count if count is None else count)
+    batch = Moments(mean, var, plain_count if count is None else count)
     kernels.choose(mean).ema_(
-        running_mean, running_var, moments, momentum, num_batches_tracked=num_batches_tracked, guard=guard
+        running_mean, running_var, batch, momentum, num_batches_tracked=num_batches_tracked, guard=guard
     )
 
 
@@ -187,13 +203,13 @@ def _statistics_like(x: Tensor, group: int) -> Tensor:
 
 
 for _name, _implementation in {
-    "moments": _moments,
-    "normalize": _normalize,
-    "forward": _forward,
-    "backward_sums": _backward_sums,
-    "backward_input": _backward_input,
-    "backward": _backward,
-    "update_running_": _update_running_,
+    "moments": moments,
+    "normalize": normalize,
+    "forward": forward,
+    "backward_sums": backward_sums,
+    "backward_input": backward_input,
+    "backward": backward,
+    "update_running_": update_running_,
 }.items():
     LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
 

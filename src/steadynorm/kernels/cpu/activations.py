@@ -1,19 +1,18 @@
 """Activations and their derivatives on vectors, for kernels to close over.
 
-`make(storage, name)` gives two kernel functions, in the arithmetic of the storage: `apply(z)`, and `back(z, dy)`, which is
-dy · apply'(z). Where the derivative is zero `back` is zero, whatever `dy` is.
+`make(storage, name)` gives two kernel functions, in the arithmetic of the storage: `apply(z)`, and `back(z, dy)`, which
+is dy · apply'(z). Where the derivative is zero `back` is zero, whatever `dy` is.
 """
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
-
 from steadynorm.kernels.cpu.simd import (
     Storage,
     absolute,
     fma,
+    inlined,
     nearest_whole,
     scaled_by_power_of_two,
     where_positive,
@@ -57,7 +56,7 @@ def _polynomial(storage: Storage, coefficients: tuple[float, ...]) -> Kernel:
 
 
 def _constant(splat: Any, constant: float) -> Kernel:
-    @njit(forceinline=True)
+    @inlined
     def function(t: Any) -> Any:
         return splat(constant)
 
@@ -65,7 +64,7 @@ def _constant(splat: Any, constant: float) -> Kernel:
 
 
 def _horner(splat: Any, previous: Kernel, constant: float) -> Kernel:
-    @njit(forceinline=True)
+    @inlined
     def function(t: Any) -> Any:
         return fma(previous(t), t, splat(constant))
 
@@ -82,7 +81,7 @@ def _expm1(storage: Storage) -> Kernel:
     ln2_high = 0.693359375 if not storage.is_double else float.fromhex("0x1.62e42feep-1")
     ln2_low = -2.12194440e-4 if not storage.is_double else 1.90821492927058770002e-10
 
-    @njit(forceinline=True)
+    @inlined
     def expm1(x: Any) -> Any:
         x = where_positive(splat(lowest) - x, splat(lowest), x)
         x = where_positive(x - splat(highest), splat(highest), x)
@@ -98,7 +97,7 @@ def _expm1(storage: Storage) -> Kernel:
 def _sigmoid(storage: Storage) -> Kernel:
     splat, expm1 = storage.splat, _expm1(storage)
 
-    @njit(forceinline=True)
+    @inlined
     def sigmoid(z: Any) -> Any:
         return splat(1.0) / (expm1(splat(0.0) - z) + splat(2.0))
 
@@ -111,11 +110,11 @@ def _normal(storage: Storage) -> tuple[Kernel, Kernel]:
     c, coefficients = TAIL[storage.is_double]
     tail = _polynomial(storage, coefficients)
 
-    @njit(forceinline=True)
+    @inlined
     def bell(z: Any) -> Any:
         return expm1(z * z * splat(-0.5)) + splat(1.0)
 
-    @njit(forceinline=True)
+    @inlined
     def distribution(z: Any, bell_of_z: Any) -> Any:
         t = splat(1.0) / fma(absolute(z), splat(c), splat(1.0))
         below = bell_of_z * t * tail(t)
@@ -140,11 +139,11 @@ def make(storage: Storage, name: str | None) -> tuple[Kernel, Kernel]:
 
 
 def _identity(storage: Storage) -> tuple[Kernel, Kernel]:
-    @njit(forceinline=True)
+    @inlined
     def apply(z: Any) -> Any:
         return z
 
-    @njit(forceinline=True)
+    @inlined
     def back(z: Any, dy: Any) -> Any:
         return dy
 
@@ -155,14 +154,14 @@ def _leaky(storage: Storage, below: float) -> tuple[Kernel, Kernel]:
     splat = storage.splat
     is_relu = below == 0.0
 
-    @njit(forceinline=True)
+    @inlined
     def apply(z: Any) -> Any:
         if is_relu:
             # zero below zero, also for −∞; NaN stays NaN, for it is not below zero
             return where_positive(splat(0.0) - z, splat(0.0), z)
         return where_positive(z, z, z * splat(below))
 
-    @njit(forceinline=True)
+    @inlined
     def back(z: Any, dy: Any) -> Any:
         return where_positive(z, dy, splat(0.0) if is_relu else dy * splat(below))
 
@@ -172,12 +171,12 @@ def _leaky(storage: Storage, below: float) -> tuple[Kernel, Kernel]:
 def _relu6(storage: Storage) -> tuple[Kernel, Kernel]:
     splat = storage.splat
 
-    @njit(forceinline=True)
+    @inlined
     def apply(z: Any) -> Any:
         z = where_positive(splat(0.0) - z, splat(0.0), z)
         return where_positive(z - splat(6.0), splat(6.0), z)
 
-    @njit(forceinline=True)
+    @inlined
     def back(z: Any, dy: Any) -> Any:
         return where_positive(z, where_positive(splat(6.0) - z, dy, splat(0.0)), splat(0.0))
 
@@ -188,14 +187,14 @@ def _hardswish(storage: Storage) -> tuple[Kernel, Kernel]:
     splat = storage.splat
     sixth = 1 / 6
 
-    @njit(forceinline=True)
+    @inlined
     def apply(z: Any) -> Any:
         ramp = z + splat(3.0)
         ramp = where_positive(splat(0.0) - ramp, splat(0.0), ramp)
         ramp = where_positive(ramp - splat(6.0), splat(6.0), ramp)
         return z * ramp * splat(sixth)
 
-    @njit(forceinline=True)
+    @inlined
     def back(z: Any, dy: Any) -> Any:
         middle = fma(z, splat(1 / 3), splat(0.5))
         above = where_positive(splat(3.0) - z, dy * middle, dy)
@@ -207,11 +206,11 @@ def _hardswish(storage: Storage) -> tuple[Kernel, Kernel]:
 def _silu(storage: Storage) -> tuple[Kernel, Kernel]:
     splat, sigmoid = storage.splat, _sigmoid(storage)
 
-    @njit(forceinline=True)
+    @inlined
     def apply(z: Any) -> Any:
         return z * sigmoid(z)
 
-    @njit(forceinline=True)
+    @inlined
     def back(z: Any, dy: Any) -> Any:
         s = sigmoid(z)
         return dy * (s * fma(z, splat(1.0) - s, splat(1.0)))
@@ -224,11 +223,11 @@ def _gelu(storage: Storage) -> tuple[Kernel, Kernel]:
     bell, distribution = _normal(storage)
     density = 1 / math.sqrt(2 * math.pi)
 
-    @njit(forceinline=True)
+    @inlined
     def apply(z: Any) -> Any:
         return z * distribution(z, bell(z))
 
-    @njit(forceinline=True)
+    @inlined
     def back(z: Any, dy: Any) -> Any:
         b = bell(z)
         return dy * fma(z * b, splat(density), distribution(z, b))
@@ -239,11 +238,11 @@ def _gelu(storage: Storage) -> tuple[Kernel, Kernel]:
 def _elu(storage: Storage) -> tuple[Kernel, Kernel]:
     splat, expm1 = storage.splat, _expm1(storage)
 
-    @njit(forceinline=True)
+    @inlined
     def apply(z: Any) -> Any:
         return where_positive(z, z, expm1(z))
 
-    @njit(forceinline=True)
+    @inlined
     def back(z: Any, dy: Any) -> Any:
         return where_positive(z, dy, dy * (expm1(z) + splat(1.0)))
 

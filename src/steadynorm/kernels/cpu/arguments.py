@@ -35,8 +35,12 @@ import ctypes
     STREAMS,  # whether the output bypasses the caches
     EPS,
     PER_COUNT,  # 1 / values per statistic; 0 where the statistics were given
+    COUNTER,  # running statistics: how many batches have entered, or 0
+    COUNT,  # running statistics: values per statistic, a float
+    MOMENTUM,  # running statistics: weight of the batch; NaN for the same weight for every batch
+    GUARDS,  # running statistics: whether a batch that is not finite is left out
     LENGTH,
-) = range(33)
+) = range(37)
 
 STATISTICS, NORMALIZE = 1, 2
 """Stages of a forward kernel."""
@@ -49,18 +53,17 @@ SLOT = 2 * 16 * 8 + 64
 """Bytes of scratch for one group of planes: two sums of 16 float64, and the coefficients."""
 
 
-class Arguments:
-    """An argument array by name; `address` is what a kernel takes."""
+Integers = ctypes.c_int64 * LENGTH
+Floats = ctypes.c_double * LENGTH
 
-    def __init__(self) -> None:
-        self.integers = (ctypes.c_int64 * LENGTH)()
-        self.floats = (ctypes.c_double * LENGTH).from_buffer(self.integers)
-        self.address = ctypes.addressof(self.integers)
 
-    def restart(self, tasks: int, stages: int = 0) -> int:
-        """Set the tickets back for another launch; returns the address."""
-        self.integers[TICKET] = self.integers[WORKERS] = 0
-        self.integers[TASKS] = tasks
-        self.integers[STAGES] = stages
-        return self.address
-
+def template(values: dict[int, int | float]) -> bytes:
+    """The bytes of an argument array with some places filled."""
+    integers = Integers()
+    floats = Floats.from_buffer(integers)
+    for place, value in values.items():
+        if isinstance(value, float):
+            floats[place] = value
+        else:
+            integers[place] = value
+    return bytes(integers)

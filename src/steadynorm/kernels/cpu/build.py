@@ -76,7 +76,7 @@ def _compile(kernel: Callable[[int], None], name: str) -> bytes:
     import llvmlite.binding as llvm
     import numba
 
-    compiled = numba.cfunc(numba.void(numba.int64), nopython=True, error_model="numpy")(kernel)
+    compiled = numba.cfunc(numba.void(numba.int64), error_model="numpy")(kernel)
     module = llvm.parse_assembly(compiled.inspect_llvm())
     module.get_function(compiled.native_name).name = f"steadynorm_{name}"
     machine = _target_machine()

@@ -4,9 +4,13 @@ A task is a block of neighbouring groups, small enough that its second pass find
 a whole forward or backward pass one trip to memory. The tasks are the same for any number of threads, and so are the
 sums.
 
-Sums are 16 lanes of float64 per group, of values less a pivot (the group's first value going forward, its mean coming
-back): the square of a large mean never enters. A mean is taken off in two parts, `high` in the arithmetic's precision
-and the rest, so that an offset costs no digits of the result.
+Values are taken less a pivot (the group's first value going forward, its mean coming back), so that the square of a
+large mean never enters; they are added in two chains of at most 32 terms in the arithmetic's precision, and those
+sums in float64. A mean is taken off in two parts, `high` in the arithmetic's precision and the rest, so that an offset
+costs no digits of the result.
+
+The end of a run that does not fill a vector is done by a vector that ends with the run and overlaps the one before:
+masked stores cost ten times as much on some processors. Runs shorter than a vector have to be masked.
 """
 
 from typing import Any
@@ -20,6 +24,7 @@ from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
     fma,
+    inlined,
     lanes_sum,
     load_f64,
     load_i64,
@@ -37,18 +42,38 @@ from steadynorm.kernels.cpu.simd import (
 SUM = LANES * 8
 HIGH, SCALE, SHIFT, BACK, CENTRE = (2 * SUM + 8 * i for i in range(5))
 
+CHUNK = 64 * LANES
+"""Values added in the arithmetic's precision before the sums are widened: 32 terms a lane in each of two chains."""
 
-@numba.njit(forceinline=True)
+
+@inlined
+def _sizes(args: Any) -> Any:
+    return load_i64(args + at.OUTER * 8), load_i64(args + at.GROUP * 8), load_i64(args + at.INNER * 8)
+
+
+@inlined
 def _clear(slots: Any, groups: Any) -> Any:
     for c in range(groups):
         store_vector(slots + c * SLOT, splat64(0.0))
         store_vector(slots + c * SLOT + SUM, splat64(0.0))
 
 
+@inlined
+def _add_to(slot: Any, total: Any, other: Any) -> Any:
+    store_vector(slot, load_v64(slot) + widen(total))
+    store_vector(slot + SUM, load_v64(slot + SUM) + widen(other))
+
+
+@inlined
+def _runs_together(outer: Any, inner: Any) -> Any:
+    """How many runs of a group are added before the sums are widened."""
+    return max(1, min(outer, CHUNK // (inner + LANES)))
+
+
 def _coefficients(storage: Storage) -> Any:
     is_double = storage.is_double
 
-    @numba.njit(forceinline=True)
+    @inlined
     def coefficients(args: Any, slot: Any, c: Any) -> Any:
         """Keep high, scale and shift of z = (x − high) · scale + shift; return what is left of the mean, and 1/σ."""
         mean = load_f64(load_i64(args + at.MEAN * 8) + c * 8)
@@ -66,39 +91,107 @@ def _coefficients(storage: Storage) -> Any:
     return coefficients
 
 
+def _over_tasks(run: Any) -> Any:
+    """A kernel that runs `run(args, stages, slots, first group, last group)` over all tasks."""
+
+    def kernel(args: Any) -> Any:
+        stages, block = load_i64(args + at.STAGES * 8), load_i64(args + at.BLOCK * 8)
+        tasks, group = load_i64(args + at.TASKS * 8), load_i64(args + at.GROUP * 8)
+        slots = load_i64(args + at.SCRATCH * 8) + next_ticket(args + at.WORKERS * 8) * block * SLOT
+        task = next_ticket(args)
+        while task < tasks:
+            run(args, stages, slots, task * block, min(task * block + block, group))
+            task = next_ticket(args)
+        stores_fence()
+
+    return kernel
+
+
+def _write_run(storage: Storage, value_at: Any) -> Any:
+    """Write a run of `inner` values, each vector made by `value_at(at, i, n, slot)` from element `i` on.
+
+    `n` is the number of valid lanes. In place works: the last, overlapping vector is made before any other is
+    written. `streams` needs an output that nothing is read from.
+    """
+    store, store_first, stream, size = storage.store, storage.store_first, storage.stream, storage.bytes
+
+    @inlined
+    def write_run(at_run: Any, out: Any, inner: Any, slot: Any, streams: Any) -> Any:
+        if inner < LANES:
+            store_first(out, inner, value_at(at_run, 0, inner, slot))
+            return
+        last = value_at(at_run, inner - LANES, LANES, slot)
+        i = 0
+        if streams:
+            store(out, value_at(at_run, 0, LANES, slot))
+            i = (-(out // size)) % LANES
+            while i + LANES <= inner:
+                stream(out + i * size, value_at(at_run, i, LANES, slot))
+                i += LANES
+        else:
+            while i + LANES <= inner:
+                store(out + i * size, value_at(at_run, i, LANES, slot))
+                i += LANES
+        store(out + (inner - LANES) * size, last)
+
+    return write_run
+
+
 def make_forward(storage: Storage, activation: str | None) -> Any:
     """The forward kernel: the stages STATISTICS and NORMALIZE, either or both."""
-    apply, _ = activations.make(storage, activation)
-    load, load_first, load_splat = storage.load, storage.load_first, storage.load_splat
-    store, store_first, stream, splat = storage.store, storage.store_first, storage.stream, storage.splat
-    size = storage.bytes
-    coefficients = _coefficients(storage)
+    statistics, normalize = _make_statistics(storage), _make_normalize(storage, activation)
 
-    @numba.njit(forceinline=True)
-    def add_row(slot: Any, row: Any, inner: Any, pivot: Any) -> Any:
-        total, squares = load_v64(slot), load_v64(slot + SUM)
-        i = 0
-        while i + LANES <= inner:
-            value = widen(load(row + i * size) - pivot)
-            total = total + value
-            squares = fma(value, value, squares)
+    @inlined
+    def run(args: Any, stages: Any, slots: Any, first: Any, last: Any) -> Any:
+        if stages & STATISTICS:
+            statistics(args, slots, first, last)
+        if stages & NORMALIZE:
+            normalize(args, slots, first, last)
+
+    return _over_tasks(run)
+
+
+def _make_statistics(storage: Storage) -> Any:
+    load, load_first, load_last, load_splat = storage.load, storage.load_first, storage.load_last, storage.load_splat
+    size, splat = storage.bytes, storage.splat
+
+    @inlined
+    def add(row: Any, start: Any, stop: Any, inner: Any, pivot: Any, s0: Any, q0: Any, s1: Any, q1: Any) -> Any:
+        i = start
+        while i + 2 * LANES <= stop:
+            a, b = load(row + i * size) - pivot, load(row + (i + LANES) * size) - pivot
+            s0, s1 = s0 + a, s1 + b
+            q0, q1 = fma(a, a, q0), fma(b, b, q1)
+            i += 2 * LANES
+        if i + LANES <= stop:
+            a = load(row + i * size) - pivot
+            s0, q0 = s0 + a, fma(a, a, q0)
             i += LANES
-        if i < inner:
-            value = widen(load_first(row + i * size, inner - i, pivot) - pivot)
-            total = total + value
-            squares = fma(value, value, squares)
-        store_vector(slot, total)
-        store_vector(slot + SUM, squares)
+        if i < stop:
+            here = row + i * size
+            if inner >= LANES:
+                b = load_last(here, stop - i, pivot) - pivot
+            else:
+                b = load_first(here, stop - i, pivot) - pivot
+            s1, q1 = s1 + b, fma(b, b, q1)
+        return s0, q0, s1, q1
 
-    @numba.njit(forceinline=True)
+    @inlined
     def statistics(args: Any, slots: Any, first: Any, last: Any) -> Any:
-        outer, group, inner = load_i64(args + at.OUTER * 8), load_i64(args + at.GROUP * 8), load_i64(args + at.INNER * 8)
+        outer, group, inner = _sizes(args)
         x = load_i64(args + at.X * 8)
+        together = _runs_together(outer, inner)
+        zero = splat(0.0)
         _clear(slots, last - first)
-        for n in range(outer):
+        for n in range(0, outer, together):
             for c in range(first, last):
-                row = x + (n * group + c) * inner * size
-                add_row(slots + (c - first) * SLOT, row, inner, load_splat(x + c * inner * size))
+                pivot = load_splat(x + c * inner * size)
+                for start in range(0, inner, CHUNK):
+                    s0, q0, s1, q1 = zero, zero, zero, zero
+                    for k in range(n, min(n + together, outer)):
+                        row = x + (k * group + c) * inner * size
+                        s0, q0, s1, q1 = add(row, start, min(start + CHUNK, inner), inner, pivot, s0, q0, s1, q1)
+                    _add_to(slots + (c - first) * SLOT, s0 + s1, q0 + q1)
         count = outer * inner
         for c in range(first, last):
             slot = slots + (c - first) * SLOT
@@ -110,183 +203,169 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
             store_f64(load_i64(args + at.MEAN * 8) + c * 8, pivot + shift)
             store_f64(load_i64(args + at.VAR * 8) + c * 8, var)
 
-    @numba.njit(forceinline=True)
-    def write_row(x: Any, y: Any, residual: Any, inner: Any, slot: Any, streams: Any) -> Any:
+    return statistics
+
+
+def _make_normalize(storage: Storage, activation: str | None) -> Any:
+    apply, _ = activations.make(storage, activation)
+    load, load_first, splat, size = storage.load, storage.load_first, storage.splat, storage.bytes
+    coefficients = _coefficients(storage)
+
+    @inlined
+    def value_at(at_run: Any, i: Any, n: Any, slot: Any) -> Any:
+        x, residual = at_run
         high, scale, shift = splat(load_f64(slot + HIGH)), splat(load_f64(slot + SCALE)), splat(load_f64(slot + SHIFT))
-        i = 0
-        if streams:
-            i = min((-(y // size)) % LANES, inner)
-            if i > 0:
-                z = fma(load_first(x, i, high) - high, scale, shift)
-                if residual != 0:
-                    z = z + load_first(residual, i, high)
-                store_first(y, i, apply(z))
-        while i + LANES <= inner:
+        if n == LANES:
             z = fma(load(x + i * size) - high, scale, shift)
             if residual != 0:
                 z = z + load(residual + i * size)
-            if streams:
-                stream(y + i * size, apply(z))
-            else:
-                store(y + i * size, apply(z))
-            i += LANES
-        if i < inner:
-            z = fma(load_first(x + i * size, inner - i, high) - high, scale, shift)
+        else:
+            z = fma(load_first(x, n, high) - high, scale, shift)
             if residual != 0:
-                z = z + load_first(residual + i * size, inner - i, high)
-            store_first(y + i * size, inner - i, apply(z))
+                z = z + load_first(residual, n, high)
+        return apply(z)
 
-    @numba.njit(forceinline=True)
+    write_run = _write_run(storage, value_at)
+
+    @inlined
     def normalize(args: Any, slots: Any, first: Any, last: Any) -> Any:
-        outer, group, inner = load_i64(args + at.OUTER * 8), load_i64(args + at.GROUP * 8), load_i64(args + at.INNER * 8)
+        outer, group, inner = _sizes(args)
         x, y, residual = load_i64(args + at.X * 8), load_i64(args + at.Y * 8), load_i64(args + at.RESIDUAL * 8)
         streams = load_i64(args + at.STREAMS * 8) != 0
         for c in range(first, last):
             coefficients(args, slots + (c - first) * SLOT, c)
         for n in range(outer):
             for c in range(first, last):
-                offset = (n * group + c) * inner * size
-                beside = residual + offset if residual != 0 else 0
-                write_row(x + offset, y + offset, beside, inner, slots + (c - first) * SLOT, streams)
+                o = (n * group + c) * inner * size
+                beside = residual + o if residual != 0 else 0
+                write_run((x + o, beside), y + o, inner, slots + (c - first) * SLOT, streams)
 
-    def kernel(args: Any) -> Any:
-        stages, block = load_i64(args + at.STAGES * 8), load_i64(args + at.BLOCK * 8)
-        tasks, group = load_i64(args + at.TASKS * 8), load_i64(args + at.GROUP * 8)
-        slots = load_i64(args + at.SCRATCH * 8) + next_ticket(args + at.WORKERS * 8) * block * SLOT
-        task = next_ticket(args)
-        while task < tasks:
-            first = task * block
-            last = min(first + block, group)
-            if stages & STATISTICS:
-                statistics(args, slots, first, last)
-            if stages & NORMALIZE:
-                normalize(args, slots, first, last)
-            task = next_ticket(args)
-        stores_fence()
-
-    return kernel
+    return normalize
 
 
 def make_backward(storage: Storage, activation: str | None) -> Any:
     """The backward kernel: the stages SUMS and INPUT, either or both."""
-    _, back = activations.make(storage, activation)
-    load, load_first = storage.load, storage.load_first
-    store, store_first, stream, splat = storage.store, storage.store_first, storage.stream, storage.splat
-    size = storage.bytes
-    has_activation = activation is not None
-    coefficients = _coefficients(storage)
+    gradient = _make_gradient(storage, activation)
+    sums, input_gradient = _make_sums(storage, gradient), _make_input(storage, gradient)
 
-    @numba.njit(forceinline=True)
-    def gradient(centred: Any, dy: Any, side: Any, has_side: Any, is_output: Any, scale: Any, shift: Any) -> Any:
-        """g = dy · activation'(z), with z computed again, or its side taken from the output."""
+    @inlined
+    def run(args: Any, stages: Any, slots: Any, first: Any, last: Any) -> Any:
+        if stages & SUMS:
+            sums(args, slots, first, last)
+        if stages & INPUT:
+            input_gradient(args, slots, first, last)
+
+    return _over_tasks(run)
+
+
+def _make_gradient(storage: Storage, activation: str | None) -> Any:
+    """g = dy · activation'(z): z is computed again, or the output tells on which side it is."""
+    _, back = activations.make(storage, activation)
+    splat = storage.splat
+    has_activation = activation is not None
+
+    @inlined
+    def gradient(centred: Any, dy: Any, side: Any, is_output: Any, slot: Any) -> Any:
         if not has_activation:
             return dy
         if is_output:
             return back(side, dy)
-        z = fma(centred, scale, shift)
-        if has_side:
-            z = z + side
-        return back(z, dy)
+        return back(fma(centred, splat(load_f64(slot + SCALE)), splat(load_f64(slot + SHIFT))) + side, dy)
 
-    @numba.njit(forceinline=True)
-    def add_row(x: Any, dy: Any, side: Any, g: Any, inner: Any, slot: Any, is_output: Any) -> Any:
-        high, scale, shift = splat(load_f64(slot + HIGH)), splat(load_f64(slot + SCALE)), splat(load_f64(slot + SHIFT))
-        total, products = load_v64(slot), load_v64(slot + SUM)
-        zero = splat(0.0)
-        has_side = side != 0
-        i = 0
-        while i < inner:
-            left = inner - i
-            if left >= LANES:
-                centred, value = load(x + i * size) - high, load(dy + i * size)
-                beside = load(side + i * size) if has_side else zero
-                value = gradient(centred, value, beside, has_side, is_output, scale, shift)
-                if g != 0:
-                    store(g + i * size, value)
-            else:
-                centred, value = load_first(x + i * size, left, high) - high, load_first(dy + i * size, left, zero)
-                beside = load_first(side + i * size, left, zero) if has_side else zero
-                value = gradient(centred, value, beside, has_side, is_output, scale, shift)
-                if g != 0:
-                    store_first(g + i * size, left, value)
-            total = total + widen(value)
-            products = fma(widen(value), widen(centred), products)
+    return gradient
+
+
+def _make_sums(storage: Storage, gradient: Any) -> Any:
+    load, load_first, load_last = storage.load, storage.load_first, storage.load_last
+    store, store_first, splat, size = storage.store, storage.store_first, storage.splat, storage.bytes
+    coefficients = _coefficients(storage)
+
+    @inlined
+    def whole(at_run: Any, i: Any, is_output: Any, slot: Any) -> Any:
+        x, dy, side, g = at_run
+        centred = load(x + i * size) - splat(load_f64(slot + HIGH))
+        beside = load(side + i * size) if side != 0 else splat(0.0)
+        value = gradient(centred, load(dy + i * size), beside, is_output, slot)
+        if g != 0:
+            store(g + i * size, value)
+        return centred, value
+
+    @inlined
+    def rest(at_run: Any, i: Any, inner: Any, is_output: Any, slot: Any) -> Any:
+        x, dy, side, g = at_run
+        high, zero, n, o = splat(load_f64(slot + HIGH)), splat(0.0), inner - i, i * size
+        if inner >= LANES:
+            centred = load_last(x + o, n, high) - high
+            beside = load_last(side + o, n, zero) if side != 0 else zero
+            value = gradient(centred, load_last(dy + o, n, zero), beside, is_output, slot)
+            if g != 0:
+                whole(at_run, inner - LANES, is_output, slot)
+        else:
+            centred = load_first(x, n, high) - high
+            beside = load_first(side, n, zero) if side != 0 else zero
+            value = gradient(centred, load_first(dy, n, zero), beside, is_output, slot)
+            if g != 0:
+                store_first(g, n, value)
+        return centred, value
+
+    @inlined
+    def add(
+        at_run: Any, start: Any, stop: Any, inner: Any, is_output: Any, slot: Any, s0: Any, p0: Any, s1: Any, p1: Any
+    ) -> Any:
+        i = start
+        while i + 2 * LANES <= stop:
+            centred, value = whole(at_run, i, is_output, slot)
+            s0, p0 = s0 + value, fma(value, centred, p0)
+            centred, value = whole(at_run, i + LANES, is_output, slot)
+            s1, p1 = s1 + value, fma(value, centred, p1)
+            i += 2 * LANES
+        if i + LANES <= stop:
+            centred, value = whole(at_run, i, is_output, slot)
+            s0, p0 = s0 + value, fma(value, centred, p0)
             i += LANES
-        store_vector(slot, total)
-        store_vector(slot + SUM, products)
+        if i < stop:
+            centred, value = rest(at_run, i, inner, is_output, slot)
+            s1, p1 = s1 + value, fma(value, centred, p1)
+        return s0, p0, s1, p1
 
-    @numba.njit(forceinline=True)
+    @inlined
     def sums(args: Any, slots: Any, first: Any, last: Any) -> Any:
-        outer, group, inner = load_i64(args + at.OUTER * 8), load_i64(args + at.GROUP * 8), load_i64(args + at.INNER * 8)
+        outer, group, inner = _sizes(args)
         x, dy = load_i64(args + at.X * 8), load_i64(args + at.DY * 8)
         side, g = load_i64(args + at.SIDE * 8), load_i64(args + at.G * 8)
         is_output = load_i64(args + at.IS_OUTPUT * 8) != 0
+        together = _runs_together(outer, inner)
+        zero = splat(0.0)
         _clear(slots, last - first)
         for c in range(first, last):
             coefficients(args, slots + (c - first) * SLOT, c)
-        for n in range(outer):
+        for n in range(0, outer, together):
             for c in range(first, last):
-                o = (n * group + c) * inner * size
-                add_row(
-                    x + o,
-                    dy + o,
-                    side + o if side != 0 else 0,
-                    g + o if g != 0 else 0,
-                    inner,
-                    slots + (c - first) * SLOT,
-                    is_output,
-                )
+                slot = slots + (c - first) * SLOT
+                for start in range(0, inner, CHUNK):
+                    s0, p0, s1, p1 = zero, zero, zero, zero
+                    for k in range(n, min(n + together, outer)):
+                        o = (k * group + c) * inner * size
+                        at_run = (x + o, dy + o, side + o if side != 0 else 0, g + o if g != 0 else 0)
+                        stop = min(start + CHUNK, inner)
+                        s0, p0, s1, p1 = add(at_run, start, stop, inner, is_output, slot, s0, p0, s1, p1)
+                    _add_to(slot, s0 + s1, p0 + p1)
         for c in range(first, last):
             slot = slots + (c - first) * SLOT
-            rest, invstd = coefficients(args, slot, c)
+            rest_of_mean, invstd = coefficients(args, slot, c)
             total = lanes_sum(load_v64(slot))
-            products = lanes_sum(load_v64(slot + SUM)) - rest * total
+            products = lanes_sum(load_v64(slot + SUM)) - rest_of_mean * total
             store_f64(load_i64(args + at.DBIAS * 8) + c * 8, total)
             store_f64(load_i64(args + at.DWEIGHT * 8) + c * 8, products * invstd)
 
-    @numba.njit(forceinline=True)
-    def write_row(
-        x: Any, dy: Any, side: Any, g: Any, dx: Any, inner: Any, slot: Any, is_output: Any, streams: Any
-    ) -> Any:
-        high, scale, shift = splat(load_f64(slot + HIGH)), splat(load_f64(slot + SCALE)), splat(load_f64(slot + SHIFT))
-        slope, centre = splat(load_f64(slot + BACK)), splat(load_f64(slot + CENTRE))
-        zero = splat(0.0)
-        has_side = side != 0
-        i = 0
-        head = min((-(dx // size)) % LANES, inner) if streams else 0
-        while i < inner:
-            left = inner - i
-            step = LANES
-            if left >= LANES and (i > 0 or head == 0):
-                centred = load(x + i * size) - high
-                if g != 0:
-                    value = load(g + i * size)
-                else:
-                    value = load(dy + i * size)
-                    beside = load(side + i * size) if has_side else zero
-                    value = gradient(centred, value, beside, has_side, is_output, scale, shift)
-                value = fma(centred, slope, fma(value, scale, centre))
-                if streams:
-                    stream(dx + i * size, value)
-                else:
-                    store(dx + i * size, value)
-            else:
-                if i == 0 and head > 0:
-                    step = head
-                else:
-                    step = left
-                centred = load_first(x + i * size, step, high) - high
-                if g != 0:
-                    value = load_first(g + i * size, step, zero)
-                else:
-                    value = load_first(dy + i * size, step, zero)
-                    beside = load_first(side + i * size, step, zero) if has_side else zero
-                    value = gradient(centred, value, beside, has_side, is_output, scale, shift)
-                value = fma(centred, slope, fma(value, scale, centre))
-                store_first(dx + i * size, step, value)
-            i += step
+    return sums
 
-    @numba.njit(forceinline=True)
+
+def _make_input(storage: Storage, gradient: Any) -> Any:
+    load, load_first, splat, size = storage.load, storage.load_first, storage.splat, storage.bytes
+    coefficients = _coefficients(storage)
+
+    @inlined
     def back_coefficients(args: Any, slot: Any, c: Any) -> Any:
         """dx = (x − high) · slope + g · scale + centre."""
         rest, invstd = coefficients(args, slot, c)
@@ -297,9 +376,31 @@ def make_backward(storage: Storage, activation: str | None) -> Any:
         store_f64(slot + BACK, -scale * of_var)
         store_f64(slot + CENTRE, scale * (rest * of_var - of_mean))
 
-    @numba.njit(forceinline=True)
+    @inlined
+    def value_at(at_run: Any, i: Any, n: Any, slot: Any) -> Any:
+        x, dy, side, g, is_output = at_run
+        high, zero, o = splat(load_f64(slot + HIGH)), splat(0.0), i * size
+        if n == LANES:
+            centred = load(x + o) - high
+            if g != 0:
+                value = load(g + o)
+            else:
+                value = gradient(centred, load(dy + o), load(side + o) if side != 0 else zero, is_output, slot)
+        else:
+            centred = load_first(x, n, high) - high
+            if g != 0:
+                value = load_first(g, n, zero)
+            else:
+                beside = load_first(side, n, zero) if side != 0 else zero
+                value = gradient(centred, load_first(dy, n, zero), beside, is_output, slot)
+        slope, scale, centre = load_f64(slot + BACK), load_f64(slot + SCALE), load_f64(slot + CENTRE)
+        return fma(centred, splat(slope), fma(value, splat(scale), splat(centre)))
+
+    write_run = _write_run(storage, value_at)
+
+    @inlined
     def input_gradient(args: Any, slots: Any, first: Any, last: Any) -> Any:
-        outer, group, inner = load_i64(args + at.OUTER * 8), load_i64(args + at.GROUP * 8), load_i64(args + at.INNER * 8)
+        outer, group, inner = _sizes(args)
         x, dy, dx = load_i64(args + at.X * 8), load_i64(args + at.DY * 8), load_i64(args + at.DX * 8)
         side, g = load_i64(args + at.SIDE * 8), load_i64(args + at.G * 8)
         is_output = load_i64(args + at.IS_OUTPUT * 8) != 0
@@ -309,31 +410,7 @@ def make_backward(storage: Storage, activation: str | None) -> Any:
         for n in range(outer):
             for c in range(first, last):
                 o = (n * group + c) * inner * size
-                write_row(
-                    x + o,
-                    dy + o,
-                    side + o if side != 0 else 0,
-                    g + o if g != 0 else 0,
-                    dx + o,
-                    inner,
-                    slots + (c - first) * SLOT,
-                    is_output,
-                    streams,
-                )
+                at_run = (x + o, dy + o, side + o if side != 0 else 0, g + o if g != 0 else 0, is_output)
+                write_run(at_run, dx + o, inner, slots + (c - first) * SLOT, streams)
 
-    def kernel(args: Any) -> Any:
-        stages, block = load_i64(args + at.STAGES * 8), load_i64(args + at.BLOCK * 8)
-        tasks, group = load_i64(args + at.TASKS * 8), load_i64(args + at.GROUP * 8)
-        slots = load_i64(args + at.SCRATCH * 8) + next_ticket(args + at.WORKERS * 8) * block * SLOT
-        task = next_ticket(args)
-        while task < tasks:
-            first = task * block
-            last = min(first + block, group)
-            if stages & SUMS:
-                sums(args, slots, first, last)
-            if stages & INPUT:
-                input_gradient(args, slots, first, last)
-            task = next_ticket(args)
-        stores_fence()
-
-    return kernel
+    return input_gradient

@@ -20,6 +20,7 @@ from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
     fma,
+    inlined,
     lanes_sum,
     load_f64,
     load_i64,
@@ -35,13 +36,30 @@ from steadynorm.kernels.cpu.simd import (
     widen,
 )
 
-ROWS_AT_ONCE = 8  # sums stay in registers over these rows: one load and store of the sums for eight of x
+ROWS_ADDED = 16
+"""Rows whose values are added in the arithmetic's precision before the sums are widened: 16 terms a lane."""
+ROWS_WRITTEN = 4
+"""Rows written together: one load of the columns' coefficients for four vectors."""
 
 
-@numba.njit(forceinline=True)
+@inlined
 def padded(columns: Any) -> Any:
     """Columns rounded up to whole vectors."""
     return (columns + LANES - 1) // LANES * LANES
+
+
+@inlined
+def clear(sums: Any, width: Any) -> Any:
+    """Set both sums of every column to zero."""
+    for j in range(0, 2 * width, LANES):
+        store_vector(sums + j * 8, splat64(0.0))
+
+
+@inlined
+def add_to(sums: Any, width: Any, j: Any, total: Any, other: Any) -> Any:
+    """Add to both sums of the columns from `j` on."""
+    store_vector(sums + j * 8, load_v64(sums + j * 8) + widen(total))
+    store_vector(sums + (width + j) * 8, load_v64(sums + (width + j) * 8) + widen(other))
 
 
 def make_columns(storage: Storage) -> Any:
@@ -50,7 +68,7 @@ def make_columns(storage: Storage) -> Any:
     size, lane = storage.bytes, 8 if storage.is_double else 4
     is_double = storage.is_double
 
-    @numba.njit(forceinline=True)
+    @inlined
     def sum_of(args: Any, which: Any, c: Any) -> Any:
         """Sum number `which` of channel `c` over the blocks, and over the rows that were taken as one."""
         group, fold = load_i64(args + at.GROUP * 8), load_i64(args + at.FOLD * 8)
@@ -62,7 +80,7 @@ def make_columns(storage: Storage) -> Any:
                 total += load_f64(start + (task * 2 * width + k * group + c) * 8)
         return total
 
-    @numba.njit(forceinline=True)
+    @inlined
     def to_moments(args: Any, c: Any) -> Any:
         per_count = load_f64(args + at.PER_COUNT * 8)
         pivot = lanes_sum(widen(load_splat(load_i64(args + at.X * 8) + c * size))) / LANES
@@ -73,7 +91,7 @@ def make_columns(storage: Storage) -> Any:
         store_f64(load_i64(args + at.MEAN * 8) + c * 8, pivot + shift)
         store_f64(load_i64(args + at.VAR * 8) + c * 8, var)
 
-    @numba.njit(forceinline=True)
+    @inlined
     def keep(args: Any, which: Any, c: Any, value: Any) -> Any:
         """Write a coefficient of channel `c` to each of its columns, in the arithmetic's precision."""
         group, fold = load_i64(args + at.GROUP * 8), load_i64(args + at.FOLD * 8)
@@ -83,46 +101,36 @@ def make_columns(storage: Storage) -> Any:
             if is_double:
                 store_f64(start + (k * group + c) * lane, value)
             else:
-                store_f32(start + (k * group + c) * lane, numba.float32(value))
-
-    @numba.njit(forceinline=True)
-    def statistics_of(args: Any, c: Any) -> Any:
-        mean = load_f64(load_i64(args + at.MEAN * 8) + c * 8)
-        var = load_f64(load_i64(args + at.VAR * 8) + c * 8)
-        high = mean if is_double else numba.float64(numba.float32(mean))
-        return high, mean - high, 1.0 / square_root_of(var + load_f64(args + at.EPS * 8))
+                store_f32(start + (k * group + c) * lane, value)
 
     def kernel(args: Any) -> Any:
         stages, group = load_i64(args + at.STAGES * 8), load_i64(args + at.GROUP * 8)
-        per_count = load_f64(args + at.PER_COUNT * 8)
+        per_count, eps = load_f64(args + at.PER_COUNT * 8), load_f64(args + at.EPS * 8)
         weights, weight_bytes = load_i64(args + at.WEIGHT * 8), load_i64(args + at.WEIGHT_BYTES * 8)
         biases, bias_bytes = load_i64(args + at.BIAS * 8), load_i64(args + at.BIAS_BYTES * 8)
         dweight, dbias = load_i64(args + at.DWEIGHT * 8), load_i64(args + at.DBIAS * 8)
-        if stages & TO_MOMENTS:
-            for c in range(group):
+        for c in range(group):
+            if stages & TO_MOMENTS:
                 to_moments(args, c)
-        if stages & TO_SUMS:
-            for c in range(group):
-                _, rest, invstd = statistics_of(args, c)
+                if stages == TO_MOMENTS:
+                    continue
+            mean = load_f64(load_i64(args + at.MEAN * 8) + c * 8)
+            var = load_f64(load_i64(args + at.VAR * 8) + c * 8)
+            high = mean if is_double else numba.float64(numba.float32(mean))
+            rest, invstd = mean - high, 1.0 / square_root_of(var + eps)
+            if stages & TO_SUMS:
                 total = sum_of(args, 0, c)
                 store_f64(dbias + c * 8, total)
                 store_f64(dweight + c * 8, (sum_of(args, 1, c) - rest * total) * invstd)
-        if stages & TO_COEFFICIENTS:
-            for which in range(5 if stages & TO_BACK else 3):
-                for c in range(group):
-                    high, rest, invstd = statistics_of(args, c)
-                    scale = parameter(weights, weight_bytes, c, 1.0) * invstd
-                    value = high
-                    if which == 1:
-                        value = scale
-                    elif which == 2:
-                        value = parameter(biases, bias_bytes, c, 0.0) - rest * scale
-                    elif which >= 3:
-                        of_var = load_f64(dweight + c * 8) * per_count * invstd
-                        value = -scale * of_var
-                        if which == 4:
-                            value = scale * (rest * of_var - load_f64(dbias + c * 8) * per_count)
-                    keep(args, which, c, value)
+            if stages & TO_COEFFICIENTS:
+                scale = parameter(weights, weight_bytes, c, 1.0) * invstd
+                keep(args, 0, c, high)
+                keep(args, 1, c, scale)
+                keep(args, 2, c, parameter(biases, bias_bytes, c, 0.0) - rest * scale)
+                if stages & TO_BACK:
+                    of_var = load_f64(dweight + c * 8) * per_count * invstd
+                    keep(args, 3, c, -scale * of_var)
+                    keep(args, 4, c, scale * (rest * of_var - load_f64(dbias + c * 8) * per_count))
 
     return kernel
 
@@ -150,44 +158,35 @@ def make_statistics(storage: Storage) -> Any:
     """The first sweep forward: Σ (x − pivot) and Σ (x − pivot)² of every column, block by block."""
     load, load_first, splat, size = storage.load, storage.load_first, storage.splat, storage.bytes
 
-    @numba.njit(forceinline=True)
+    @inlined
     def add(row: Any, stride: Any, rows: Any, j: Any, left: Any, pivots: Any, sums: Any, width: Any) -> Any:
-        total, squares = load_v64(sums + j * 8), load_v64(sums + (width + j) * 8)
+        total, squares = splat(0.0), splat(0.0)
         if left >= LANES:
             pivot = load(pivots + j * size)
             for k in range(rows):
-                value = widen(load(row + k * stride + j * size) - pivot)
+                value = load(row + k * stride + j * size) - pivot
                 total = total + value
                 squares = fma(value, value, squares)
         else:
             pivot = load_first(pivots + j * size, left, splat(0.0))
             for k in range(rows):
-                value = widen(load_first(row + k * stride + j * size, left, pivot) - pivot)
+                value = load_first(row + k * stride + j * size, left, pivot) - pivot
                 total = total + value
                 squares = fma(value, value, squares)
-        store_vector(sums + j * 8, total)
-        store_vector(sums + (width + j) * 8, squares)
+        add_to(sums, width, j, total, squares)
 
-    @numba.njit(forceinline=True)
+    @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
         all_columns = load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
         width, stride = padded(all_columns), all_columns * size
         sums = load_i64(args + at.SCRATCH * 8) + task * 2 * width * 8
         x, pivots = load_i64(args + at.X * 8) + first * stride, load_i64(args + at.PIVOT * 8)
         if columns == all_columns:
-            for j in range(0, 2 * width, LANES):
-                store_vector(sums + j * 8, splat64(0.0))
-        done = 0
-        while done < rows:
-            together = min(ROWS_AT_ONCE, rows - done)
-            row = x + done * stride
-            if together == ROWS_AT_ONCE:
-                for j in range(0, columns, LANES):
-                    add(row, stride, ROWS_AT_ONCE, j, columns - j, pivots, sums, width)
-            else:
-                for j in range(0, columns, LANES):
-                    add(row, stride, together, j, columns - j, pivots, sums, width)
-            done += together
+            clear(sums, width)
+        for done in range(0, rows, ROWS_ADDED):
+            together = min(ROWS_ADDED, rows - done)
+            for j in range(0, columns, LANES):
+                add(x + done * stride, stride, together, j, columns - j, pivots, sums, width)
 
     return _blocks(block)
 
@@ -202,35 +201,43 @@ def make_normalize(storage: Storage, activation: str | None) -> Any:
     """The second sweep forward."""
     apply, _ = activations.make(storage, activation)
     load, load_first, store, store_first = storage.load, storage.load_first, storage.store, storage.store_first
-    stream, splat, size = storage.stream, storage.splat, storage.bytes
+    stream, size = storage.stream, storage.bytes
     coefficient, lane = _load_lane(storage), 8 if storage.is_double else 4
 
-    @numba.njit(forceinline=True)
+    @inlined
+    def write(
+        x: Any, y: Any, residual: Any, rows: Any, stride: Any, left: Any, at_j: Any, width: Any, streams: Any
+    ) -> Any:
+        high, scale, shift = coefficient(at_j), coefficient(at_j + width), coefficient(at_j + 2 * width)
+        for k in range(rows):
+            o = k * stride
+            if left >= LANES:
+                z = fma(load(x + o) - high, scale, shift)
+                if residual != 0:
+                    z = z + load(residual + o)
+                if streams:
+                    stream(y + o, apply(z))
+                else:
+                    store(y + o, apply(z))
+            else:
+                z = fma(load_first(x + o, left, high) - high, scale, shift)
+                if residual != 0:
+                    z = z + load_first(residual + o, left, high)
+                store_first(y + o, left, apply(z))
+
+    @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
         all_columns = load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
         width, stride = padded(all_columns) * lane, all_columns * size
+        x, y, residual = load_i64(args + at.X * 8), load_i64(args + at.Y * 8), load_i64(args + at.RESIDUAL * 8)
         coefficients = load_i64(args + at.COLUMNS * 8)
         streams = load_i64(args + at.STREAMS * 8) != 0
-        residual = load_i64(args + at.RESIDUAL * 8)
-        for r in range(first, first + rows):
-            x, y = load_i64(args + at.X * 8) + r * stride, load_i64(args + at.Y * 8) + r * stride
-            beside = residual + r * stride if residual != 0 else 0
+        for r in range(first, first + rows, ROWS_WRITTEN):
+            together = min(ROWS_WRITTEN, first + rows - r)
             for j in range(0, columns, LANES):
-                at_j = coefficients + j * lane
-                high, scale, shift = coefficient(at_j), coefficient(at_j + width), coefficient(at_j + 2 * width)
-                if columns - j >= LANES:
-                    z = fma(load(x + j * size) - high, scale, shift)
-                    if beside != 0:
-                        z = z + load(beside + j * size)
-                    if streams:
-                        stream(y + j * size, apply(z))
-                    else:
-                        store(y + j * size, apply(z))
-                else:
-                    z = fma(load_first(x + j * size, columns - j, splat(0.0)) - high, scale, shift)
-                    if beside != 0:
-                        z = z + load_first(beside + j * size, columns - j, splat(0.0))
-                    store_first(y + j * size, columns - j, apply(z))
+                o = r * stride + j * size
+                beside = residual + o if residual != 0 else 0
+                write(x + o, y + o, beside, together, stride, columns - j, coefficients + j * lane, width, streams)
 
     return _blocks(block)
 
@@ -238,10 +245,10 @@ def make_normalize(storage: Storage, activation: str | None) -> Any:
 def _gradient(storage: Storage, activation: str | None) -> Any:
     """g = dy · activation'(z) of one vector, with its loads; `centred` is x − high."""
     _, back = activations.make(storage, activation)
-    load, load_first, splat, size = storage.load, storage.load_first, storage.splat, storage.bytes
+    load, load_first, splat = storage.load, storage.load_first, storage.splat
     has_activation = activation is not None
 
-    @numba.njit(forceinline=True)
+    @inlined
     def gradient(
         centred: Any, dy: Any, side: Any, offset: Any, left: Any, is_output: Any, scale: Any, shift: Any
     ) -> Any:
@@ -262,17 +269,17 @@ def make_sums(storage: Storage, activation: str | None) -> Any:
     """The first sweep back: Σ g and Σ g·(x − high) of every column, block by block; g is kept where asked for."""
     gradient = _gradient(storage, activation)
     load, load_first, store, store_first = storage.load, storage.load_first, storage.store, storage.store_first
-    size = storage.bytes
+    size, splat = storage.bytes, storage.splat
     coefficient, lane = _load_lane(storage), 8 if storage.is_double else 4
 
-    @numba.njit(forceinline=True)
+    @inlined
     def add(args: Any, offset: Any, stride: Any, rows: Any, j: Any, left: Any, sums: Any, width: Any) -> Any:
         x, dy = load_i64(args + at.X * 8), load_i64(args + at.DY * 8)
         side, g = load_i64(args + at.SIDE * 8), load_i64(args + at.G * 8)
         is_output = load_i64(args + at.IS_OUTPUT * 8) != 0
         at_j = load_i64(args + at.COLUMNS * 8) + j * lane
         high, scale, shift = coefficient(at_j), coefficient(at_j + width * lane), coefficient(at_j + 2 * width * lane)
-        total, products = load_v64(sums + j * 8), load_v64(sums + (width + j) * 8)
+        total, products = splat(0.0), splat(0.0)
         for k in range(rows):
             o = offset + k * stride + j * size
             if left >= LANES:
@@ -285,26 +292,21 @@ def make_sums(storage: Storage, activation: str | None) -> Any:
                 value = gradient(centred, dy, side, o, left, is_output, scale, shift)
                 if g != 0:
                     store_first(g + o, left, value)
-            total = total + widen(value)
-            products = fma(widen(value), widen(centred), products)
-        store_vector(sums + j * 8, total)
-        store_vector(sums + (width + j) * 8, products)
+            total = total + value
+            products = fma(value, centred, products)
+        add_to(sums, width, j, total, products)
 
-    @numba.njit(forceinline=True)
+    @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
         all_columns = load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
         width, stride = padded(all_columns), all_columns * size
         sums = load_i64(args + at.SCRATCH * 8) + task * 2 * width * 8
         if columns == all_columns:
-            for j in range(0, 2 * width, LANES):
-                store_vector(sums + j * 8, splat64(0.0))
-        done = 0
-        while done < rows:
-            together = min(ROWS_AT_ONCE, rows - done)
-            offset = (first + done) * stride
+            clear(sums, width)
+        for done in range(0, rows, ROWS_ADDED):
+            together = min(ROWS_ADDED, rows - done)
             for j in range(0, columns, LANES):
-                add(args, offset, stride, together, j, columns - j, sums, width)
-            done += together
+                add(args, (first + done) * stride, stride, together, j, columns - j, sums, width)
 
     return _blocks(block)
 
@@ -316,7 +318,7 @@ def make_input(storage: Storage, activation: str | None) -> Any:
     stream, splat, size = storage.stream, storage.splat, storage.bytes
     coefficient, lane = _load_lane(storage), 8 if storage.is_double else 4
 
-    @numba.njit(forceinline=True)
+    @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
         all_columns = load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
         width, stride = padded(all_columns) * lane, all_columns * size
@@ -325,24 +327,25 @@ def make_input(storage: Storage, activation: str | None) -> Any:
         side, g = load_i64(args + at.SIDE * 8), load_i64(args + at.G * 8)
         is_output = load_i64(args + at.IS_OUTPUT * 8) != 0
         streams = load_i64(args + at.STREAMS * 8) != 0
-        for r in range(first, first + rows):
+        for r in range(first, first + rows, ROWS_WRITTEN):
             for j in range(0, columns, LANES):
                 left = columns - j
-                o = r * stride + j * size
                 at_j = coefficients + j * lane
-                high, scale = coefficient(at_j), coefficient(at_j + width)
+                high, scale, shift = coefficient(at_j), coefficient(at_j + width), coefficient(at_j + 2 * width)
                 slope, centre = coefficient(at_j + 3 * width), coefficient(at_j + 4 * width)
-                centred = (load(x + o) if left >= LANES else load_first(x + o, left, splat(0.0))) - high
-                if g != 0:
-                    value = load(g + o) if left >= LANES else load_first(g + o, left, splat(0.0))
-                else:
-                    value = gradient(centred, dy, side, o, left, is_output, scale, coefficient(at_j + 2 * width))
-                value = fma(centred, slope, fma(value, scale, centre))
-                if left < LANES:
-                    store_first(dx + o, left, value)
-                elif streams:
-                    stream(dx + o, value)
-                else:
-                    store(dx + o, value)
+                for k in range(r, min(r + ROWS_WRITTEN, first + rows)):
+                    o = k * stride + j * size
+                    centred = (load(x + o) if left >= LANES else load_first(x + o, left, high)) - high
+                    if g != 0:
+                        value = load(g + o) if left >= LANES else load_first(g + o, left, splat(0.0))
+                    else:
+                        value = gradient(centred, dy, side, o, left, is_output, scale, shift)
+                    value = fma(centred, slope, fma(value, scale, centre))
+                    if left < LANES:
+                        store_first(dx + o, left, value)
+                    elif streams:
+                        stream(dx + o, value)
+                    else:
+                        store(dx + o, value)
 
     return _blocks(block)

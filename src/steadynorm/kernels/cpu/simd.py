@@ -13,18 +13,23 @@ from typing import Any
 
 import numba
 from llvmlite import ir
-from numba.core import cgutils, types
-from numba.core.datamodel import PrimitiveModel, register_default
-from numba.core.extending import intrinsic, lower_builtin
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.core import cgutils, extending, types
+from numba.core.datamodel import models
+from numba.core.typing import templates
 
 LANES = 16
+
+# numba's annotations describe calls from Python, not the language inside a kernel
+intrinsic: Any = extending.intrinsic
+njit: Any = numba.njit
+inlined = njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""A function for kernels only: no entry points of its own, which halves what there is to compile."""
 
 F32, F64 = ir.FloatType(), ir.DoubleType()
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """16 lanes of one float type."""
 
     def __init__(self, lane: types.Float) -> None:
@@ -32,8 +37,8 @@ class Vector(types.Type):  # type: ignore[misc]
         super().__init__(name=f"Vector({lane})")
 
 
-@register_default(Vector)
-class VectorModel(PrimitiveModel):  # type: ignore[misc]
+@extending.register_model(Vector)
+class VectorModel(models.PrimitiveModel):
     """A vector lives in registers."""
 
     def __init__(self, dmm: Any, fe_type: Vector) -> None:
@@ -46,14 +51,14 @@ V32, V64 = Vector(types.float32), Vector(types.float64)
 def _binary(op: Callable[..., Any], build: str) -> None:
     """Give two vectors of one type the Python operator `op`."""
 
-    @infer_global(op)
-    class Template(AbstractTemplate):  # type: ignore[misc]
+    @templates.infer_global(op)
+    class Template(templates.AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
             if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
-                return signature(args[0], *args)
+                return templates.signature(args[0], *args)
             return None
 
-    @lower_builtin(op, Vector, Vector)
+    @extending.lower_builtin(op, Vector, Vector)
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return getattr(builder, build)(*args)
 
@@ -76,9 +81,7 @@ def _splat(builder: Any, value: Any) -> Any:
 
 
 def _call(builder: Any, name: str, result: ir.Type, args: list[Any]) -> Any:
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(result, [a.type for a in args]), name
-    )
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, [a.type for a in args]), name)
     return builder.call(function, args)
 
 
@@ -227,10 +230,11 @@ def _scalar_store(kind: Any, llvm: ir.Type) -> Any:
     @intrinsic
     def store(typingctx: Any, address: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            builder.store(args[1], _pointer(builder, args[0], llvm))
+            value = context.cast(builder, args[1], sig.args[1], kind)
+            builder.store(value, _pointer(builder, args[0], llvm))
             return context.get_dummy_value()
 
-        return types.void(types.int64, kind), codegen
+        return types.void(types.int64, value), codegen
 
     return store
 
@@ -240,6 +244,7 @@ load_f64 = _scalar_load(types.float64, F64)
 load_f32 = _scalar_load(types.float32, F32)
 store_f64 = _scalar_store(types.float64, F64)
 store_f32 = _scalar_store(types.float32, F32)
+store_i64 = _scalar_store(types.int64, I64)
 
 
 @intrinsic
@@ -302,6 +307,8 @@ class Storage:
         bytes: size of one element.
         vector: V32, or V64 for float64.
         load(address), load_first(address, n, fill): 16 elements, or the first `n` and `fill` in the other lanes.
+        load_last(address, n, fill): the `n` elements at `address` in the last lanes, `fill` in the others; the
+            16 − n elements before them are touched, so there must be as many.
         load_splat(address): one element in all lanes.
         store(address, v), store_first(address, n, v), stream(address, v): `stream` bypasses the caches and needs an
             address that is a multiple of 16 elements.
@@ -319,6 +326,7 @@ class Storage:
         self.load = self._make_load()
         self.load_splat = self._make_load_splat()
         self.load_first = self._make_load_first()
+        self.load_last = self._make_load_last()
         self.store = self._make_store()
         self.stream = self._make_store(is_streaming=True)
         self.store_first = self._make_store_first()
@@ -380,6 +388,22 @@ class Storage:
             return storage.vector(types.int64, types.int64, fill), codegen
 
         return load_first
+
+    def _make_load_last(self) -> Any:
+        storage = self
+
+        @intrinsic
+        def load_last(typingctx: Any, address: Any, n: Any, fill: Any) -> Any:
+            def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+                address, n, fill = args
+                skipped = builder.sub(ir.Constant(I64, LANES), n)
+                start = builder.sub(address, builder.mul(skipped, ir.Constant(I64, storage.bytes)))
+                raw = builder.load(_pointer(builder, start, storage.memory), align=storage.bytes)
+                return builder.select(_first_lanes(builder, skipped), fill, storage._widen(builder, raw))
+
+            return storage.vector(types.int64, types.int64, fill), codegen
+
+        return load_last
 
     def _make_store(self, is_streaming: bool = False) -> Any:
         storage = self
@@ -449,7 +473,7 @@ def _to_bfloat16(builder: Any, value: Any) -> Any:
 STORAGES = {name: Storage(name) for name in ("float32", "float64", "bfloat16", "float16")}
 
 
-@numba.njit(forceinline=True)
+@inlined
 def parameter(address: Any, size: Any, index: Any, default: Any) -> Any:
     """Element `index` of a float32 or float64 array, or `default` where there is none."""
     if address == 0:
