@@ -3,13 +3,12 @@
 import os
 import platform
 import subprocess
+import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-
-import steadynorm
 
 CPUINFO = Path("/proc/cpuinfo")
 GIT_TIMEOUT_SECONDS = 5
@@ -33,7 +32,7 @@ def describe() -> dict[str, str]:
         "torch": torch.__version__,
         "numpy": _version("numpy"),
         "numba": _version("numba"),
-        "steadynorm": steadynorm.__version__,
+        "steadynorm": vars(sys.modules[__name__.partition(".")[0]])["__version__"],
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()

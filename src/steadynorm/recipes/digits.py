@@ -51,7 +51,9 @@ class ResidualNet(nn.Module):
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
         self.block1 = ResidualBlock(width, 2 * width, stride=2)
         self.block2 = ResidualBlock(2 * width, 2 * width, stride=2)
         self.head = nn.Linear(2 * width, 10)
