@@ -38,7 +38,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             ),
             evidence={"norm": dead.norm, "parameters": dead.parameters, "largest change when it moves": dead.change},
             fix=Fix(
-                f"Fold the bias into the running mean of {dead.norm} and remove it. (In the code: bias=False.)",
+                f"Fold the bias into the running mean of {dead.norm} and remove it (bias=False in the code).",
                 is_safe=True,
                 apply=fixes.fold_biases_,
                 target=(dead.producer, dead.norm),

@@ -17,7 +17,7 @@ Good:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.LayerNorm(8))
     batches = [torch.randn(16, 1, 8, 8)]
 
-Source: https://github.com/pytorch/pytorch/issues/90960; TheDeepChecker, arXiv 2204.00694 (instance-wise operations).
+Source: Ben Braiek & Khomh, Testing Feedforward Neural Networks Training Programs, arXiv 2204.00694 (TheDeepChecker).
 """
 
 from collections.abc import Iterator
