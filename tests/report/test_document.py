@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from steadynorm.report import Chart, Document, Series, Table
-from steadynorm.report.document import column_texts, is_numeric, text_of
+from steadynorm.report.document import column_texts, drawn_columns, is_numeric, text_of
 from tests.report.documents import STUDY
 
 
@@ -78,6 +78,12 @@ def test_numbers_go_to_the_right():
     assert not is_numeric(["layer1.0", 3])
     assert not is_numeric([True, False])
     assert not is_numeric([None])
+
+
+def test_row_labels_that_look_like_numbers_stay_labels():
+    table = Table("Layers", ("layer", "loss"), (("1", 0.5), ("1.0", 0.25)))
+    assert drawn_columns(table) == [("layer", ["1", "1.0"], False), ("loss", ["0.5000", "0.2500"], True)]
+    assert drawn_columns(Table("", ("batch size",), ((2,),)))[0][2]
 
 
 def test_importing_documents_imports_no_renderer():

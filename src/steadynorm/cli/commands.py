@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import dedent
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 import steadynorm
 from steadynorm.cli.output import CLEAN, FINDINGS, Format, output, say, worded, working, writing
 from steadynorm.errors import InputError
-from steadynorm.report import Document, Table, ensure_writable, terminal
+from steadynorm.report import Block, Code, Document, Paragraph, Table, ensure_writable, terminal
 
 if TYPE_CHECKING:
     from steadynorm.lab import Study
@@ -57,7 +58,7 @@ def _options(
 def doctor(
     recipe: RecipeName,
     weights: Annotated[Path | None, typer.Option(help="A .safetensors or .pt file for the recipe's model.")] = None,
-    select: Annotated[str, typer.Option(help="Only these rules: SN101,SN301.")] = "",
+    select: Annotated[str, typer.Option(help="Only these rules, or all that begin so: SN104,SN2.")] = "",
     ignore: Annotated[str, typer.Option(help="All but these rules.")] = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 32,
     seed: SeedOption = 0,
@@ -166,14 +167,27 @@ def run_lab(
 
 @app.command()
 def explain(
-    code: Annotated[str, typer.Argument(help="Of a rule, SN101.")],
+    code: Annotated[str, typer.Argument(help="Of a rule: SN104.")],
     traceback: TracebackOption = False,
 ) -> None:
     """Say why a rule exists, with an example that it finds and one that it does not."""
     with worded(traceback):
         from steadynorm import doctor as clinic
 
-        typer.echo(clinic.explain(code))
+        terminal.show(explanation(clinic.explain(code)), terminal.console())
+
+
+def explanation(text: str) -> Document:
+    """The documentation of a rule as a document: paragraphs flow to the width of the terminal, examples stay."""
+    name, advice, *parts = text.strip().split("\n\n")
+    blocks: list[Block] = []
+    for part in parts:
+        head, _, body = part.partition("\n")
+        if body.startswith(" "):
+            blocks += [Paragraph(head), Code(dedent(body))]
+        else:
+            blocks.append(Paragraph(" ".join(part.split())))
+    return Document(name, " ".join(advice.split()), "note", blocks)
 
 
 @app.command()

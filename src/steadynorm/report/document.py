@@ -208,6 +208,17 @@ def is_numeric(cells: Sequence[Cell]) -> bool:
     )
 
 
+def drawn_columns(table: Table) -> list[tuple[str, list[str], bool]]:
+    """Name, texts and alignment (True is to the right) of every column; row labels that are words stay at the left."""
+    columns = []
+    for number, name in enumerate(table.columns):
+        cells = [row[number] for row in table.rows]
+        # "1" in the first column is a layer of a Sequential.
+        is_label = number == 0 and any(isinstance(cell, str) for cell in cells)
+        columns.append((name, column_texts(cells), is_numeric(cells) and not is_label))
+    return columns
+
+
 def is_value(y: object) -> TypeGuard[float]:
     """Whether a point can be drawn: a finite number, no gap."""
     return isinstance(y, Real) and math.isfinite(y)

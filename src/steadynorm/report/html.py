@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError("HTML reports need jinja2 and plotly: pip install 'steadynorm[report]'") from error
 
-from steadynorm.report.document import Block, Cell, Chart, Document, Table, column_texts, is_numeric, is_value, text_of
+from steadynorm.report.document import Block, Chart, Document, Table, drawn_columns, is_value, text_of
 
 # A table with more columns than this gets the whole width instead of a place beside a chart.
 NARROW_TABLE = 5
@@ -90,11 +90,10 @@ def _rows(blocks: Sequence[Block]) -> Iterator[tuple[str, list[Block]]]:
 
 def _table(block: Table | Chart) -> dict[str, Any]:
     """What the template needs of a table: (name, is numeric) per column, and the texts of every row."""
-    table = block if isinstance(block, Table) else block.table()
-    columns: list[list[Cell]] = [[row[i] for row in table.rows] for i in range(len(table.columns))]
+    columns = drawn_columns(block if isinstance(block, Table) else block.table())
     return {
-        "columns": [(name, is_numeric(cells)) for name, cells in zip(table.columns, columns, strict=True)],
-        "rows": list(zip(*map(column_texts, columns), strict=True)),
+        "columns": [(name, numeric) for name, _, numeric in columns],
+        "rows": list(zip(*(texts for _, texts, _ in columns), strict=True)),
     }
 
 

@@ -36,7 +36,7 @@ from steadynorm.report.document import (
     Status,
     Table,
     column_texts,
-    is_numeric,
+    drawn_columns,
     is_value,
     text_of,
 )
@@ -163,10 +163,7 @@ class _Grid:
     table: Table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        cells = [[row[i] for row in self.table.rows] for i in range(len(self.table.columns))]
-        columns = [
-            (name, column_texts(each), is_numeric(each)) for name, each in zip(self.table.columns, cells, strict=True)
-        ]
+        columns = drawn_columns(self.table)
         natural = [max(map(cell_len, [name, *texts])) for name, texts, _ in columns]
         least = [max(map(cell_len, " ".join([name, *texts]).split()), default=1) for name, texts, _ in columns]
         is_short = sum(natural) + 2 * len(columns) > options.max_width
