@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from steadynorm import functional
 from steadynorm.errors import DegenerateStatisticsError, InputError
-from steadynorm.layers import checks
+from steadynorm.layers import checks, portable
 from steadynorm.layers.finite import require_finite
 from steadynorm.layers.switches import Switches
 from steadynorm.moments import Moments
@@ -99,7 +99,7 @@ class BatchNorm(Switches):
         if by_batch or running is None:
             y, moments = functional.normalize_batch(input, weight, bias, **extras)
         else:
-            y = functional.normalize_running(input, *self._steady(running), weight, bias, **extras)
+            y = self._by_running(input, running, weight, bias, extras)
             if updates:
                 moments = functional.normalize_batch(input.detach(), mask=mask)[1]
         if updates and running is not None:
@@ -119,7 +119,7 @@ class BatchNorm(Switches):
         if self.update_running is not None:
             updates = self.update_running
         values = x.numel() // max(self.num_features, 1)
-        if values == 1 and by_batch and self.training:
+        if by_batch and self.training and values == 1:
             if self.single_value == "error":
                 raise DegenerateStatisticsError(checks.about_single_value(self, x))
             by_batch = False
@@ -131,11 +131,20 @@ class BatchNorm(Switches):
         # Fewer than two values say nothing about a variance.
         return by_batch, updates and has_running and values > 1
 
-    def _steady(self, running: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Running statistics that stay as they are until the backward pass: copies, unless they never move."""
-        if self.update_running is False or not torch.is_grad_enabled():
-            return running
-        return running[0].clone(), running[1].clone()
+    def _by_running(
+        self,
+        x: Tensor,
+        running: tuple[Tensor, Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        extras: dict[str, Any],
+    ) -> Tensor:
+        if torch.compiler.is_exporting():
+            return portable.normalize_running(x, *running, weight, bias, **extras)
+        if self.update_running is not False and torch.is_grad_enabled():
+            # A later call may move the running statistics before backward reads what this one saved.
+            running = (running[0].clone(), running[1].clone())
+        return functional.normalize_running(x, *running, weight, bias, **extras)
 
     def _remember(self, running: tuple[Tensor, Tensor], moments: Moments) -> None:
         if isinstance(moments.count, Tensor):
