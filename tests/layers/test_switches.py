@@ -194,10 +194,13 @@ def test_reset_parameters_resets_a_frozen_layer_too():
     assert torch.equal(layer.running_mean, torch.zeros(3, dtype=torch.float64))
 
 
-def test_running_statistics_may_move_between_a_forward_and_its_backward():
-    layer = layer_with("running", True, True)
-    x = rows()
-    (layer(x) * layer(x)).sum().backward()
-    mixed = BatchNorm1d(3, dtype=torch.float64).eval()
-    first = mixed(x)
-    (first * mixed.train()(x)).sum().backward()
+@pytest.mark.parametrize("normalize_by", [None, "running"])
+def test_running_statistics_may_move_between_a_forward_and_its_backward(normalize_by):
+    """The gradients are those of the statistics that normalised, not of what they have become since."""
+    layer, x, cotangent = layer_with(normalize_by, None, True), rows(), rows().detach()
+    mean, scale = layer.running_mean.clone(), (layer.running_var + layer.eps).rsqrt()
+    y = layer.train(normalize_by is not None)(x)
+    layer.train()(rows() * 9 + 100)
+    y.backward(cotangent)
+    torch.testing.assert_close(x.grad, cotangent * scale)
+    torch.testing.assert_close(layer.weight.grad, (cotangent * (x.detach() - mean) * scale).sum(0))

@@ -99,7 +99,9 @@ class BatchNorm(Switches):
         if by_batch or running is None:
             y, moments = functional.normalize_batch(input, weight, bias, **extras)
         else:
-            y = self._by_running(input, running, weight, bias, extras)
+            # A graph that leaves PyTorch is not to need our operators.
+            normalize = portable if torch.compiler.is_exporting() else functional
+            y = normalize.normalize_running(input, *running, weight, bias, **extras)
             if updates:
                 moments = functional.normalize_batch(input.detach(), mask=mask)[1]
         if updates and running is not None:
@@ -130,21 +132,6 @@ class BatchNorm(Switches):
             )
         # Fewer than two values say nothing about a variance.
         return by_batch, updates and has_running and values > 1
-
-    def _by_running(
-        self,
-        x: Tensor,
-        running: tuple[Tensor, Tensor],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        extras: dict[str, Any],
-    ) -> Tensor:
-        if torch.compiler.is_exporting():
-            return portable.normalize_running(x, *running, weight, bias, **extras)
-        if self.update_running is not False and torch.is_grad_enabled():
-            # A later call may move the running statistics before backward reads what this one saved.
-            running = (running[0].clone(), running[1].clone())
-        return functional.normalize_running(x, *running, weight, bias, **extras)
 
     def _remember(self, running: tuple[Tensor, Tensor], moments: Moments) -> None:
         if isinstance(moments.count, Tensor):
