@@ -221,7 +221,7 @@ FUSED = (
     Case("relu, bfloat16", (8, 6, 7, 9), dtype=BRAIN, activation="relu"),
     Case("add, gelu, bfloat16", (8, 6, 7, 9), dtype=BRAIN, activation="gelu", has_residual=True),
     Case("add, relu, float16", (8, 6, 7, 9), dtype=HALF, activation="relu", has_residual=True),
-    Case("add, elu, float64", (6, 5, 7, 5), dtype=DOUBLE, activation="elu", has_residual=True),
+    Case("add, silu, float64", (6, 5, 7, 5), dtype=DOUBLE, activation="silu", has_residual=True),
     Case("add, relu, strided", (4, 6, 5, 8), layout="strided", activation="relu", has_residual=True),
     Case("relu, not affine", PLAIN.shape, activation="relu", is_affine=False),
     Case("relu6, offset 1e4", (8, 6, 14, 14), offset=1e4, activation="relu6"),

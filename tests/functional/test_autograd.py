@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from steadynorm import kernels
 from steadynorm.functional import batch_norm, normalize_batch, normalize_running
 from tests import cases
 
@@ -45,7 +47,7 @@ def test_nothing_is_recorded_where_no_gradient_is_wanted(backend):
         assert normalize_batch(x, weight)[0].is_inference()
 
 
-@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_an_input_changed_before_the_backward_pass_is_an_error(backend, activation):
     x = torch.randn(4, 6, 5, requires_grad=True)
     base = x * 1
@@ -133,7 +135,8 @@ def test_gradcheck(backend, training, activation, way):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("way", ["alone", "add, masked"])
 def test_gradgradcheck(training, activation, way):
-    assert gradgradcheck(*function_of(training, activation, *WAYS[way]))
+    with contextlib.nullcontext() if activation in COMPILED_IN_DOUBLE else kernels.backend("reference"):
+        assert gradgradcheck(*function_of(training, activation, *WAYS[way]))
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (2, 2, 2, 3)])

@@ -16,6 +16,10 @@ from tests import agree, oracles
 from tests.agree import Bound
 from tests.cases import Case
 
+# A variance in one pass around a pivot pays (mean − pivot)² / var more roundings; among a hundred channels of few
+# values some pivot is two deviations off.
+PIVOT = 4
+
 
 class Bench:
     """The tensors of one case as a backend takes them, and what the oracle says about each result."""
@@ -62,12 +66,10 @@ class Bench:
         mean, var, count = oracles.moments(agree.array(self.inputs.x), agree.array(self.inputs.mask))
         relative = agree.tolerance(self.case.dtype, count)
         unit = agree.tolerance(self.case.dtype, 1) / agree.ROUNDINGS
-        if self.case.dtype == torch.float64:
-            relative = 2 * relative  # there is no wider type to gather the blocks in
         if name == "mean":
             size = np.abs(mean) + np.sqrt(var)
             return Bound(mean, relative * size, unit * size)
-        return Bound(var, relative * var + (unit * mean) ** 2, unit * var)
+        return Bound(var, PIVOT * relative * var + (unit * mean) ** 2, unit * var)
 
 
 def _close(name: str, found: Tensor, bound: Bound) -> None:
