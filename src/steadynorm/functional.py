@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from steadynorm import grouping as grouping_
 from steadynorm.errors import InputError
-from steadynorm.grouping import dense_like
+from steadynorm.grouping import Grouping, dense_like
 from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, ops, reference
 from steadynorm.moments import Moments
 
@@ -37,10 +37,9 @@ class _Normalize(torch.autograd.Function):
         mask: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
-        grouping: tuple[int, int, int],
-        eps: float,
-        activation: str | None,
+        settings: tuple[Grouping, float, str | None],
     ) -> tuple[Tensor, Tensor, Tensor]:
+        grouping, eps, activation = ctx.settings = settings
         ctx.is_given = mean is not None and var is not None
         flat = None if mask is None else mask.reshape(grouping[0], grouping[2])
         run = OPS if ops.is_traced(x) else ops
@@ -48,10 +47,8 @@ class _Normalize(torch.autograd.Function):
             y = run.normalize(x, *grouping, mean, var, weight, bias, residual, flat, eps, activation)
         else:
             y, mean, var = run.forward(x, *grouping, weight, bias, residual, flat, eps, activation)
-        ctx.settings = (grouping, eps, activation)
         ctx.has_residual = residual is not None
         takes_output = ctx.has_residual and activation in FROM_OUTPUT
-        ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.save_for_backward(
             x,
             weight,
@@ -69,7 +66,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 10
+            return (None,) * 8
         x, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
         grouping, eps, activation = ctx.settings
         if torch.is_grad_enabled():
@@ -104,7 +101,7 @@ class _Normalize(torch.autograd.Function):
             dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
             dbias.to(bias.dtype) if ctx.needs_input_grad[2] else None,
             g if needs_dresidual else dresidual,
-            *(None,) * 6,
+            *(None,) * 4,
         )
 
 
@@ -126,15 +123,13 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [t for t, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]
     found = iter(torch.autograd.grad(normalized, wanted, g, create_graph=True) if wanted else ())
     gradients = [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
-    return (*gradients, g if ctx.needs_input_grad[3] else None, *(None,) * 6)
+    return (*gradients, g if ctx.needs_input_grad[3] else None, *(None,) * 4)
 
 
 def _runs_composed(x: Tensor, residual: Tensor | None) -> bool:
     """Whether the call needs plain differentiable PyTorch instead of the kernels."""
     if residual is not None and residual.dtype != x.dtype:
         return True
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -166,7 +161,7 @@ def _normalize(
     if statistics is not None:
         # Copies: what the backward pass reads must not move with the running statistics.
         mean, var = (t.detach().to(reference.statistics_dtype(x), copy=True) for t in statistics)
-    return _Normalize.apply(x, weight, bias, residual, mask, mean, var, tuple(grouping), eps, activation)
+    return _Normalize.apply(x, weight, bias, residual, mask, mean, var, (grouping, eps, activation))
 
 
 def normalize_batch(
@@ -238,7 +233,7 @@ def update_running_(
     its batch has been counted. Under functional transforms (vmap, grad) it does nothing either: the batch lives
     inside the transform, the buffers outside.
     """
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return
     count = moments.count
     plain, tensor = (0, count) if isinstance(count, Tensor) else (count, None)

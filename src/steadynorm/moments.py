@@ -110,18 +110,20 @@ def ema_(
         momentum: weight of the new batch; None gives every batch the same weight (a cumulative average), for which
             `num_batches_tracked` is needed.
         num_batches_tracked: (), counts the batches that entered.
-        guard: a batch that is empty, or whose mean or variance is not finite in any group, changes nothing and is
-            not counted. Decided on the device, without a host synchronisation.
+        guard: a batch whose mean or variance is not finite in any group changes nothing and is not counted. Decided on
+            the device, without a host synchronisation.
+
+    An empty batch changes nothing and is not counted, guarded or not.
     """
     mean, var = batch.mean, batch.unbiased_var
-    if guard:
-        enters = (torch.isfinite(mean) & torch.isfinite(var)).all()
-        if isinstance(batch.count, Tensor):
-            enters = enters & (batch.count > 0).any()
-        elif batch.count == 0:
-            return
+    if isinstance(batch.count, Tensor):
+        enters = (batch.count > 0).any()
+    elif batch.count == 0:
+        return
     else:
         enters = torch.ones((), dtype=torch.bool, device=mean.device)
+    if guard:
+        enters = enters & (torch.isfinite(mean) & torch.isfinite(var)).all()
     if num_batches_tracked is not None:
         num_batches_tracked.add_(enters)
     weight: float | Tensor

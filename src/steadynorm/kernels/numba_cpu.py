@@ -421,6 +421,10 @@ def ema_(
     dtype = running_mean.dtype
     is_plain = (
         isinstance(batch.count, int)
+        and batch.mean.dtype is torch.float64
+        and batch.var.dtype is torch.float64
+        and batch.mean.is_contiguous()
+        and batch.var.is_contiguous()
         and running_var.dtype is dtype
         and (dtype is torch.float32 or dtype is torch.float64)
         and running_mean.is_contiguous()
@@ -431,7 +435,7 @@ def ema_(
     if not is_plain:
         reference.ema_(running_mean, running_var, batch, momentum, num_batches_tracked=num_batches_tracked, guard=guard)
         return
-    if batch.count == 0 and guard:
+    if batch.count == 0:
         return
     values = at.Integers()
     floats = at.Floats.from_buffer(values)

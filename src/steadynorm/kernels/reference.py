@@ -100,7 +100,8 @@ def _centre(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     if valid is not None:
         centred = torch.where(valid, centred, 0)
     var = centred.square().sum(dims) / count
-    return centred, first.to(statistics_dtype(values)) + second.to(statistics_dtype(values)), var
+    dtype = statistics_dtype(values)
+    return centred, first.to(dtype) + second.to(dtype), var.to(dtype)
 
 
 def _mask_view(mask: Tensor | None) -> Tensor | None:
@@ -118,7 +119,7 @@ def moments(x: Tensor, grouping: Grouping, mask: Tensor | None = None) -> tuple[
     if valid is not None:
         values = torch.where(valid, values, 0)
     _, mean, var = _centre(values, valid)
-    return mean, var.to(mean.dtype)
+    return mean, var
 
 
 def _normalized(x: Tensor, grouping: Grouping, mean: Tensor, var: Tensor, eps: float) -> Tensor:

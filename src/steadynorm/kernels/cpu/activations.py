@@ -14,6 +14,7 @@ from steadynorm.kernels.cpu.simd import (
     fma,
     inlined,
     nearest_whole,
+    polynomial,
     scaled_by_power_of_two,
     where_positive,
 )
@@ -47,35 +48,11 @@ TAIL = {
 Kernel = Callable[..., Any]
 
 
-def _polynomial(storage: Storage, coefficients: tuple[float, ...]) -> Kernel:
-    """Horner's rule, unrolled: highest power first."""
-    function = _constant(storage.splat, coefficients[0])
-    for coefficient in coefficients[1:]:
-        function = _horner(storage.splat, function, coefficient)
-    return function
-
-
-def _constant(splat: Any, constant: float) -> Kernel:
-    @inlined
-    def function(t: Any) -> Any:
-        return splat(constant)
-
-    return function
-
-
-def _horner(splat: Any, previous: Kernel, constant: float) -> Kernel:
-    @inlined
-    def function(t: Any) -> Any:
-        return fma(previous(t), t, splat(constant))
-
-    return function
-
-
 def _expm1(storage: Storage) -> Kernel:
     """exp(x) − 1 for x in the range of normal numbers: 2^k · (e^r − 1) + (2^k − 1) with r = x − k·ln 2."""
     splat = storage.splat
     degree = 13 if storage.is_double else 7
-    series = _polynomial(storage, tuple(1 / math.factorial(n) for n in range(degree, 0, -1)))
+    series = polynomial(tuple(1 / math.factorial(n) for n in range(degree, 0, -1)))
     lowest, highest = (-708.0, 709.0) if storage.is_double else (-87.0, 88.0)
     per_ln2 = 1 / math.log(2)
     ln2_high = 0.693359375 if not storage.is_double else float.fromhex("0x1.62e42feep-1")
@@ -108,7 +85,7 @@ def _normal(storage: Storage) -> tuple[Kernel, Kernel]:
     """exp(−z²/2), and the normal distribution function Φ(z) given it."""
     splat, expm1 = storage.splat, _expm1(storage)
     c, coefficients = TAIL[storage.is_double]
-    tail = _polynomial(storage, coefficients)
+    tail = polynomial(coefficients)
 
     @inlined
     def bell(z: Any) -> Any:

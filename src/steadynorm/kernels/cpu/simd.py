@@ -119,6 +119,24 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
     return a(a, b, c), codegen
 
 
+def polynomial(coefficients: tuple[float, ...]) -> Any:
+    """A kernel function of a vector: Horner's rule, highest power first, as one run of multiply-adds."""
+
+    @intrinsic
+    def function(typingctx: Any, t: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            vector = args[0].type
+            value = _constant(vector, coefficients[0])
+            for coefficient in coefficients[1:]:
+                terms = [value, args[0], _constant(vector, coefficient)]
+                value = _call(builder, f"llvm.fmuladd.{_suffix(vector)}", vector, terms)
+            return value
+
+        return t(t), codegen
+
+    return function
+
+
 @intrinsic
 def widen(typingctx: Any, a: Any) -> Any:
     """A vector as float64."""
