@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 import random
 
 import numpy as np
@@ -49,7 +50,7 @@ def split(rows: np.ndarray, at: list[int]) -> list[np.ndarray]:
 
 def as_counted(part: Moments, kind: str) -> Moments:
     """The same moments with the count as an int, a scalar tensor or one per group; an empty part is full of NaN."""
-    mean, var, count = part
+    mean, var, count = part.mean, part.var, part.count
     assert isinstance(count, int)
     if count == 0:
         mean, var = torch.full_like(mean, math.nan), torch.full_like(var, math.nan)
@@ -215,7 +216,7 @@ def test_an_empty_batch_changes_nothing(kind, momentum):
     running_mean, running_var, seen = torch.randn(GROUPS), torch.rand(GROUPS), torch.tensor(5)
     before = (running_mean.clone(), running_var.clone(), seen.clone())
     empty = Moments(torch.zeros(GROUPS), torch.zeros(GROUPS), 0)
-    counted = empty if kind == "int" else empty._replace(count=torch.zeros(() if kind == "scalar" else GROUPS))
+    counted = empty if kind == "int" else replace(empty, count=torch.zeros(() if kind == "scalar" else GROUPS))
     moments.ema_(running_mean, running_var, counted, momentum, num_batches_tracked=seen)
     for now, then in zip((running_mean, running_var, seen), before, strict=True):
         assert torch.equal(now, then)
