@@ -18,6 +18,7 @@ def test_the_machine_is_described_in_words():
 
 
 def test_the_commit_is_that_of_our_own_checkout():
+    machine._commit.cache_clear()
     here = Path(steadynorm.__file__).parent
     asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     tracked = subprocess.run(

@@ -27,7 +27,8 @@ def test_it_finds_the_batch_size_and_the_norm_to_take_below_it():
     assert verdict.instead == {2: "group", 4: "group"}
     assert verdict.sentence == (
         "With batch norm, accuracy is within noise of its best, 0.982 ± 0.004 at batch size 16, from batch size 8 on; "
-        "it is worse at 2 (0.6 ± 0.004), 4 (0.85 ± 0.004). Below 8 take group norm: 2 (0.95 ± 0.004), 4 (0.95 ± 0.004)."
+        "it is worse at 2 (0.6 ± 0.004), 4 (0.85 ± 0.004). "
+        "Below 8 take group norm: 0.95 ± 0.004 at 2, 0.95 ± 0.004 at 4."
     )
 
 
@@ -51,6 +52,12 @@ def test_a_curve_that_falls_again_has_two_ends():
     verdict = judge(rows({"batch": curve(0.5, 0.9, 0.9, 0.9, 0.7)}))
     assert (verdict.smallest, verdict.largest) == (4, 16)
     assert "from batch size 4 to 16; it is worse at 2 (0.5 ± 0.004) and at 32 (0.7 ± 0.004)." in verdict.sentence
+
+
+def test_a_second_norm_as_good_as_the_first_is_said():
+    scores = {"batch": curve(0.6, 0.98, 0.98), "group": curve(0.949, 0.9, 0.9), "layer": curve(0.95, 0.9, 0.9)}
+    sentence = judge(rows({**scores, "none": curve(0.3, 0.3, 0.3)})).sentence
+    assert "Below 4 take layer norm (group norm is within noise of it): 0.95 ± 0.004 at 2." in sentence
 
 
 def test_no_better_norm_is_said():

@@ -209,6 +209,21 @@ def _best_rival(size: int, curve: Curve, curves: Sequence[Curve]) -> Curve | Non
     return rival if is_below(curve.points[size], rival.points[size], len(there) * (len(there) - 1)) else None
 
 
+def _equals(winner: Curve, curves: Sequence[Curve], sizes: Sequence[int]) -> str:
+    """The norms that the seeds cannot tell from the winner at any of the sizes, in brackets.
+
+    To be called as good a norm has to pass each single test at 5 %, not the wider one for all of them together.
+    """
+    equals = [
+        NAMES[each.norm]
+        for each in curves
+        if each is not winner
+        and all(size in each.points for size in sizes)
+        and not any(is_below(each.points[size], winner.points[size], 1) for size in sizes)
+    ]
+    return f" ({' and '.join(equals)} {'is' if len(equals) == 1 else 'are'} within noise of it)" if equals else ""
+
+
 def _advice(curve: Curve, curves: Sequence[Curve], instead: Mapping[int, str], metric: str) -> str:
     """Which norm to take where this one is not at its best, and whether another beats it even there."""
     if len(curves) == 1:
@@ -223,7 +238,8 @@ def _advice(curve: Curve, curves: Sequence[Curve], instead: Mapping[int, str], m
             named, key=lambda each: fmean(by_name[each].points[s].mean for s in below if s in by_name[each].points)
         )
         at = [size for size in sorted(below) if size in instead and size in by_name[norm].points]
-        parts.append(f"Below {curve.good[0]} take {NAMES[norm]}: {_at(by_name[norm], at, metric)}.")
+        reached = ", ".join(f"{shown(by_name[norm].points[size], metric)} at {size}" for size in at)
+        parts.append(f"Below {curve.good[0]} take {NAMES[norm]}{_equals(by_name[norm], curves, at)}: {reached}.")
     elif below:
         parts.append(f"Below {curve.good[0]} no other norm was better by more than noise.")
     rival = _best_rival(curve.best, curve, curves)
