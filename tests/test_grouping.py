@@ -25,7 +25,7 @@ def test_a_group_holds_exactly_the_values_of_its_channel(shape, layout):
     dense, group = grouping.batch(x)
     view = group.view(dense)
     assert view.shape == (group.outer, group.group, group.inner)
-    assert group.count * shape[1] == x.numel()
+    assert group.values_per_group * shape[1] == x.numel()
     for channel in range(shape[1]):
         assert sorted(view[:, channel].flatten().tolist()) == sorted(x[:, channel].flatten().tolist())
 
