@@ -12,6 +12,7 @@ if typing.TYPE_CHECKING:
     from steadynorm.doctor import examine as examine
     from steadynorm.doctor import repair as repair
     from steadynorm.kernels import backend as backend
+    from steadynorm.kernels.cpu.memory import keep_freed_memory as keep_freed_memory
     from steadynorm.layers import BatchNorm1d as BatchNorm1d
     from steadynorm.layers import BatchNorm2d as BatchNorm2d
     from steadynorm.layers import BatchNorm3d as BatchNorm3d
@@ -34,13 +35,14 @@ __all__ = [
     "errors",
     "examine",
     "functional",
+    "keep_freed_memory",
     "lab",
     "layers",
     "repair",
 ]
 
 # Where a name lives; it is imported when it is first asked for. A name that is not here is a submodule.
-_HOMES = {"backend": "kernels", "examine": "doctor", "repair": "doctor"}
+_HOMES = {"backend": "kernels", "keep_freed_memory": "kernels.cpu.memory", "examine": "doctor", "repair": "doctor"}
 _HOMES |= {name: "layers" for name in __all__ if "BatchNorm" in name}
 
 if not typing.TYPE_CHECKING:

@@ -12,10 +12,8 @@ from tests import cases
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_backward_under_a_dispatch_mode(backend, activation, request):
+def test_backward_under_a_dispatch_mode(backend, activation):
     """Flop counters, selective checkpointing and debuggers run ops below autograd."""
-    if backend.name == "reference":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="reference.backward_sums differentiates by autograd"))
     x = torch.randn(4, 5, 6, requires_grad=True)
     with FlopCounterMode(display=False):
         y, _ = normalize_batch(x, residual=torch.randn(4, 5, 6), activation=activation)

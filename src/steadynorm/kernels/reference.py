@@ -23,6 +23,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
 }
 
+# dy · activation'(z), below autograd: an op may run where autograd does not (dispatch modes, compiled graphs).
+DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda dy, z: torch.ops.aten.threshold_backward(dy, z, 0),
+    "leaky_relu": lambda dy, z: torch.ops.aten.leaky_relu_backward(dy, z, 0.01, False),
+    "relu6": lambda dy, z: torch.ops.aten.hardtanh_backward(dy, z, 0.0, 6.0),
+    "hardswish": torch.ops.aten.hardswish_backward,
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "elu": lambda dy, z: torch.ops.aten.elu_backward(dy, 1.0, 1.0, 1.0, False, z),
+}
+
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """The dtype of statistics: float64, or float32 on devices without it."""
@@ -80,28 +91,24 @@ def compose(
 
 
 def _centre(values: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Values less their mean (zero where not valid), the mean and the biased variance.
+    """Values less their mean (zero where not valid), the mean and the biased variance, both summed in float64.
 
-    The mean is taken twice, the second time of values already centred: the rounding of a large first mean is then
-    in the second one and not in the result.
+    The mean is taken off in two parts, so that the rounding of a large one is not in the result.
     """
     dims = [0, *range(2, values.dim())]
     shape = (1, -1) + (1,) * (values.dim() - 2)
+    dtype = statistics_dtype(values)
     if valid is None:
         count: float | Tensor = max(values.numel() // max(values.shape[1], 1), 1)
     else:
-        count = valid.sum().clamp(min=1).to(values.dtype)
-    first = values.sum(dims) / count
-    centred = values - first.view(shape)
+        count = valid.sum().clamp(min=1).to(dtype)
+    mean = values.sum(dims, dtype=dtype) / count
+    high = mean.to(values.dtype)
+    low = (mean - high.to(dtype)).to(values.dtype)
+    centred = (values - high.view(shape)) - low.view(shape)
     if valid is not None:
         centred = torch.where(valid, centred, 0)
-    second = centred.sum(dims) / count
-    centred = centred - second.view(shape)
-    if valid is not None:
-        centred = torch.where(valid, centred, 0)
-    var = centred.square().sum(dims) / count
-    dtype = statistics_dtype(values)
-    return centred, first.to(dtype) + second.to(dtype), var.to(dtype)
+    return centred, mean, centred.square().sum(dims, dtype=dtype) / count
 
 
 def _mask_view(mask: Tensor | None) -> Tensor | None:
@@ -197,9 +204,7 @@ def backward_sums(
             z = grouping.view(y).to(normalized.dtype)
         else:
             z = _before_activation(normalized, grouping, weight, bias, residual)
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            (g,) = torch.autograd.grad(ACTIVATIONS[activation](z), z, g)
+        g = DERIVATIVES[activation](g, z)
     valid = _mask_view(mask)
     if valid is not None:
         g = torch.where(valid, g, 0)

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 
 HERE = Path(__file__).parent
 ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 _engines: list[Any] = []  # the engine owns the machine code it has loaded
 
@@ -43,11 +45,9 @@ def cache_folder() -> Path:
 @cache
 def _fingerprint() -> str:
     """What machine code depends on besides the kernel's name."""
-    import llvmlite
     import llvmlite.binding as llvm
-    import numba
 
-    parts = [numba.__version__, llvmlite.__version__, platform.machine(), llvm.get_host_cpu_name()]
+    parts = [version("numba"), version("llvmlite"), platform.machine(), llvm.get_host_cpu_name()]
     parts.append(llvm.get_host_cpu_features().flatten())
     parts += [path.read_text() for path in sorted(HERE.glob("*.py"))]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
@@ -59,16 +59,11 @@ def load(name: str, make: Callable[[], Callable[[int], None]]) -> Any:
     Returns: a ctypes function that takes the address of the arguments and releases the GIL while it runs.
     """
     path = cache_folder() / f"{name}-{_fingerprint()}.o"
-    try:
-        code = path.read_bytes()
-    except OSError:
-        code = b""
-    address = _link(code, name) if code else 0
-    if not address:
+    code = _kept(path)
+    if code is None:
         code = _compile(make(), name)
         _keep(path, code)
-        address = _link(code, name)
-    return ENTRY(address)
+    return ENTRY(_link(code, name))
 
 
 def _compile(kernel: Callable[[int], None], name: str) -> bytes:
@@ -100,20 +95,24 @@ def _target_machine() -> Any:
 
 
 def _link(code: bytes, name: str) -> int:
-    """Load machine code into the process; its entry's address, or 0 where the bytes are not what they should be."""
+    """Load machine code into the process; the address of its entry."""
     import llvmlite.binding as llvm
 
-    machine = _target_machine()
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    _engines.append(engine)
+    return int(engine.get_function_address(f"steadynorm_{name}"))
+
+
+def _kept(path: Path) -> bytes | None:
+    """Machine code from the cache, or None; a damaged file counts as none, since LLVM would end the process on it."""
     try:
-        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        engine.finalize_object()
-    except (RuntimeError, ValueError):
-        return 0
-    address = int(engine.get_function_address(f"steadynorm_{name}"))
-    if address:
-        _engines.append(engine)
-    return address
+        data = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
 
 
 def _keep(path: Path, code: bytes) -> None:
@@ -125,7 +124,7 @@ def _keep(path: Path, code: bytes) -> None:
         return
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(code)
+            file.write(hashlib.sha256(code).digest() + code)
         os.replace(temporary, path)
     except OSError:
         Path(temporary).unlink(missing_ok=True)

@@ -25,6 +25,7 @@ from steadynorm.kernels.cpu.simd import (
     Storage,
     fma,
     inlined,
+    keep_last,
     lanes_sum,
     load_f64,
     load_i64,
@@ -152,7 +153,7 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
 
 
 def _make_statistics(storage: Storage) -> Any:
-    load, load_first, load_last, load_splat = storage.load, storage.load_first, storage.load_last, storage.load_splat
+    load, load_first, load_splat = storage.load, storage.load_first, storage.load_splat
     size, splat = storage.bytes, storage.splat
 
     @inlined
@@ -168,11 +169,10 @@ def _make_statistics(storage: Storage) -> Any:
             s0, q0 = s0 + a, fma(a, a, q0)
             i += LANES
         if i < stop:
-            here = row + i * size
             if inner >= LANES:
-                b = load_last(here, stop - i, pivot) - pivot
+                b = keep_last(load(row + (inner - LANES) * size) - pivot, stop - i)
             else:
-                b = load_first(here, stop - i, pivot) - pivot
+                b = load_first(row, inner, pivot) - pivot
             s1, q1 = s1 + b, fma(b, b, q1)
         return s0, q0, s1, q1
 
@@ -276,56 +276,60 @@ def _make_gradient(storage: Storage, activation: str | None) -> Any:
 
 
 def _make_sums(storage: Storage, gradient: Any) -> Any:
-    load, load_first, load_last = storage.load, storage.load_first, storage.load_last
+    load, load_first = storage.load, storage.load_first
     store, store_first, splat, size = storage.store, storage.store_first, storage.splat, storage.bytes
     coefficients = _coefficients(storage)
 
     @inlined
-    def whole(at_run: Any, i: Any, is_output: Any, slot: Any) -> Any:
-        x, dy, side, g = at_run
+    def values_at(at_run: Any, i: Any, is_output: Any, slot: Any) -> Any:
+        x, dy, side, _ = at_run
         centred = load(x + i * size) - splat(load_f64(slot + HIGH))
         beside = load(side + i * size) if side != 0 else splat(0.0)
-        value = gradient(centred, load(dy + i * size), beside, is_output, slot)
-        if g != 0:
-            store(g + i * size, value)
-        return centred, value
+        return centred, gradient(centred, load(dy + i * size), beside, is_output, slot)
 
     @inlined
-    def rest(at_run: Any, i: Any, inner: Any, is_output: Any, slot: Any) -> Any:
+    def short_run(at_run: Any, inner: Any, is_output: Any, slot: Any) -> Any:
         x, dy, side, g = at_run
-        high, zero, n, o = splat(load_f64(slot + HIGH)), splat(0.0), inner - i, i * size
-        if inner >= LANES:
-            centred = load_last(x + o, n, high) - high
-            beside = load_last(side + o, n, zero) if side != 0 else zero
-            value = gradient(centred, load_last(dy + o, n, zero), beside, is_output, slot)
-            if g != 0:
-                whole(at_run, inner - LANES, is_output, slot)
-        else:
-            centred = load_first(x, n, high) - high
-            beside = load_first(side, n, zero) if side != 0 else zero
-            value = gradient(centred, load_first(dy, n, zero), beside, is_output, slot)
-            if g != 0:
-                store_first(g, n, value)
+        high, zero = splat(load_f64(slot + HIGH)), splat(0.0)
+        centred = load_first(x, inner, high) - high
+        beside = load_first(side, inner, zero) if side != 0 else zero
+        value = gradient(centred, load_first(dy, inner, zero), beside, is_output, slot)
+        if g != 0:
+            store_first(g, inner, value)
         return centred, value
 
     @inlined
     def add(
         at_run: Any, start: Any, stop: Any, inner: Any, is_output: Any, slot: Any, s0: Any, p0: Any, s1: Any, p1: Any
     ) -> Any:
+        if inner < LANES:
+            centred, value = short_run(at_run, inner, is_output, slot)
+            return s0 + value, fma(value, centred, p0), s1, p1
+        g = at_run[3]
+        # The overlapping end is read before anything is written near it: a load just behind a store to the same
+        # place of another page waits for it.
+        last_centred, last_value = values_at(at_run, inner - LANES, is_output, slot)
         i = start
         while i + 2 * LANES <= stop:
-            centred, value = whole(at_run, i, is_output, slot)
+            centred, value = values_at(at_run, i, is_output, slot)
+            other_centred, other = values_at(at_run, i + LANES, is_output, slot)
+            if g != 0:
+                store(g + i * size, value)
+                store(g + (i + LANES) * size, other)
             s0, p0 = s0 + value, fma(value, centred, p0)
-            centred, value = whole(at_run, i + LANES, is_output, slot)
-            s1, p1 = s1 + value, fma(value, centred, p1)
+            s1, p1 = s1 + other, fma(other, other_centred, p1)
             i += 2 * LANES
         if i + LANES <= stop:
-            centred, value = whole(at_run, i, is_output, slot)
+            centred, value = values_at(at_run, i, is_output, slot)
+            if g != 0:
+                store(g + i * size, value)
             s0, p0 = s0 + value, fma(value, centred, p0)
             i += LANES
         if i < stop:
-            centred, value = rest(at_run, i, inner, is_output, slot)
-            s1, p1 = s1 + value, fma(value, centred, p1)
+            if g != 0:
+                store(g + (inner - LANES) * size, last_value)
+            value = keep_last(last_value, stop - i)
+            s1, p1 = s1 + value, fma(value, keep_last(last_centred, stop - i), p1)
         return s0, p0, s1, p1
 
     @inlined

@@ -36,8 +36,13 @@ from steadynorm.kernels.cpu.simd import (
     widen,
 )
 
+SUM = LANES * 8
+
 ROWS_ADDED = 16
 """Rows whose values are added in the arithmetic's precision before the sums are widened: 16 terms a lane."""
+ROWS_READ = 4
+"""Rows read together: enough to spare loads and stores of the sums, few enough for the prefetcher and for the cache,
+where rows of a power of two of bytes all want the same place."""
 ROWS_WRITTEN = 4
 """Rows written together: one load of the columns' coefficients for four vectors."""
 
@@ -49,17 +54,23 @@ def padded(columns: Any) -> Any:
 
 
 @inlined
-def clear(sums: Any, width: Any) -> Any:
-    """Set both sums of every column to zero."""
-    for j in range(0, 2 * width, LANES):
-        store_vector(sums + j * 8, splat64(0.0))
+def clear(sums: Any, narrow: Any, width: Any, lane: Any) -> Any:
+    """Set both sums of every column to zero, the wide and the narrow."""
+    for j in range(0, 2 * width * (8 + lane), SUM):
+        store_vector(sums + j, splat64(0.0))
 
 
-@inlined
-def add_to(sums: Any, width: Any, j: Any, total: Any, other: Any) -> Any:
-    """Add to both sums of the columns from `j` on."""
-    store_vector(sums + j * 8, load_v64(sums + j * 8) + widen(total))
-    store_vector(sums + (width + j) * 8, load_v64(sums + (width + j) * 8) + widen(other))
+def _make_flush(storage: Storage) -> Any:
+    """Add the narrow sums of all columns to the wide ones, and start them again from zero."""
+    load_lane, lane, splat = _load_lane(storage), 8 if storage.is_double else 4, storage.splat
+
+    @inlined
+    def flush(narrow: Any, sums: Any, width: Any) -> Any:
+        for j in range(0, 2 * width, LANES):
+            store_vector(sums + j * 8, load_v64(sums + j * 8) + widen(load_lane(narrow + j * lane)))
+            store_vector(narrow + j * lane, splat(0.0))
+
+    return flush
 
 
 def make_columns(storage: Storage) -> Any:
@@ -77,7 +88,7 @@ def make_columns(storage: Storage) -> Any:
         total = 0.0
         for task in range(load_i64(args + at.TASKS * 8)):
             for k in range(fold):
-                total += load_f64(start + (task * 2 * width + k * group + c) * 8)
+                total += load_f64(start + task * 2 * width * (8 + lane) + (k * group + c) * 8)
         return total
 
     @inlined
@@ -158,9 +169,11 @@ def make_statistics(storage: Storage) -> Any:
     """The first sweep forward: Σ (x − pivot) and Σ (x − pivot)² of every column, block by block."""
     load, load_first, splat, size = storage.load, storage.load_first, storage.splat, storage.bytes
 
+    flush, load_lane, lane = _make_flush(storage), _load_lane(storage), 8 if storage.is_double else 4
+
     @inlined
-    def add(row: Any, stride: Any, rows: Any, j: Any, left: Any, pivots: Any, sums: Any, width: Any) -> Any:
-        total, squares = splat(0.0), splat(0.0)
+    def add(row: Any, stride: Any, rows: Any, j: Any, left: Any, pivots: Any, narrow: Any, width: Any) -> Any:
+        total, squares = load_lane(narrow + j * lane), load_lane(narrow + (width + j) * lane)
         if left >= LANES:
             pivot = load(pivots + j * size)
             for k in range(rows):
@@ -173,20 +186,25 @@ def make_statistics(storage: Storage) -> Any:
                 value = load_first(row + k * stride + j * size, left, pivot) - pivot
                 total = total + value
                 squares = fma(value, value, squares)
-        add_to(sums, width, j, total, squares)
+        store_vector(narrow + j * lane, total)
+        store_vector(narrow + (width + j) * lane, squares)
 
     @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
         all_columns = load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
         width, stride = padded(all_columns), all_columns * size
-        sums = load_i64(args + at.SCRATCH * 8) + task * 2 * width * 8
+        sums = load_i64(args + at.SCRATCH * 8) + task * 2 * width * (8 + lane)
+        narrow = sums + 2 * width * 8
         x, pivots = load_i64(args + at.X * 8) + first * stride, load_i64(args + at.PIVOT * 8)
         if columns == all_columns:
-            clear(sums, width)
-        for done in range(0, rows, ROWS_ADDED):
-            together = min(ROWS_ADDED, rows - done)
+            clear(sums, narrow, width, lane)
+        for done in range(0, rows, ROWS_READ):
+            together = min(ROWS_READ, rows - done)
             for j in range(0, columns, LANES):
-                add(x + done * stride, stride, together, j, columns - j, pivots, sums, width)
+                add(x + done * stride, stride, together, j, columns - j, pivots, narrow, width)
+            if done % ROWS_ADDED == ROWS_ADDED - ROWS_READ:
+                flush(narrow, sums, width)
+        flush(narrow, sums, width)
 
     return _blocks(block)
 
@@ -269,17 +287,17 @@ def make_sums(storage: Storage, activation: str | None) -> Any:
     """The first sweep back: Σ g and Σ g·(x − high) of every column, block by block; g is kept where asked for."""
     gradient = _gradient(storage, activation)
     load, load_first, store, store_first = storage.load, storage.load_first, storage.store, storage.store_first
-    size, splat = storage.bytes, storage.splat
-    coefficient, lane = _load_lane(storage), 8 if storage.is_double else 4
+    size = storage.bytes
+    coefficient, lane, flush = _load_lane(storage), 8 if storage.is_double else 4, _make_flush(storage)
 
     @inlined
-    def add(args: Any, offset: Any, stride: Any, rows: Any, j: Any, left: Any, sums: Any, width: Any) -> Any:
+    def add(args: Any, offset: Any, stride: Any, rows: Any, j: Any, left: Any, narrow: Any, width: Any) -> Any:
         x, dy = load_i64(args + at.X * 8), load_i64(args + at.DY * 8)
         side, g = load_i64(args + at.SIDE * 8), load_i64(args + at.G * 8)
         is_output = load_i64(args + at.IS_OUTPUT * 8) != 0
         at_j = load_i64(args + at.COLUMNS * 8) + j * lane
         high, scale, shift = coefficient(at_j), coefficient(at_j + width * lane), coefficient(at_j + 2 * width * lane)
-        total, products = splat(0.0), splat(0.0)
+        total, products = coefficient(narrow + j * lane), coefficient(narrow + (width + j) * lane)
         for k in range(rows):
             o = offset + k * stride + j * size
             if left >= LANES:
@@ -294,19 +312,24 @@ def make_sums(storage: Storage, activation: str | None) -> Any:
                     store_first(g + o, left, value)
             total = total + value
             products = fma(value, centred, products)
-        add_to(sums, width, j, total, products)
+        store_vector(narrow + j * lane, total)
+        store_vector(narrow + (width + j) * lane, products)
 
     @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
         all_columns = load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
         width, stride = padded(all_columns), all_columns * size
-        sums = load_i64(args + at.SCRATCH * 8) + task * 2 * width * 8
+        sums = load_i64(args + at.SCRATCH * 8) + task * 2 * width * (8 + lane)
+        narrow = sums + 2 * width * 8
         if columns == all_columns:
-            clear(sums, width)
-        for done in range(0, rows, ROWS_ADDED):
-            together = min(ROWS_ADDED, rows - done)
+            clear(sums, narrow, width, lane)
+        for done in range(0, rows, ROWS_READ):
+            together = min(ROWS_READ, rows - done)
             for j in range(0, columns, LANES):
-                add(args, (first + done) * stride, stride, together, j, columns - j, sums, width)
+                add(args, (first + done) * stride, stride, together, j, columns - j, narrow, width)
+            if done % ROWS_ADDED == ROWS_ADDED - ROWS_READ:
+                flush(narrow, sums, width)
+        flush(narrow, sums, width)
 
     return _blocks(block)
 

@@ -180,6 +180,18 @@ def where_positive(typingctx: Any, condition: Any, yes: Any, no: Any) -> Any:
 
 
 @intrinsic
+def keep_last(typingctx: Any, a: Any, n: Any) -> Any:
+    """The last `n` lanes of `a`, and zero in the others."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value, n = args
+        skipped = builder.sub(ir.Constant(I64, LANES), n)
+        return builder.select(_first_lanes(builder, skipped), _constant(value.type, 0.0), value)
+
+    return a(a, types.int64), codegen
+
+
+@intrinsic
 def absolute(typingctx: Any, a: Any) -> Any:
     """|a|."""
 
@@ -325,8 +337,6 @@ class Storage:
         bytes: size of one element.
         vector: V32, or V64 for float64.
         load(address), load_first(address, n, fill): 16 elements, or the first `n` and `fill` in the other lanes.
-        load_last(address, n, fill): the `n` elements at `address` in the last lanes, `fill` in the others; the
-            16 − n elements before them are touched, so there must be as many.
         load_splat(address): one element in all lanes.
         store(address, v), store_first(address, n, v), stream(address, v): `stream` bypasses the caches and needs an
             address that is a multiple of 16 elements.
@@ -344,7 +354,6 @@ class Storage:
         self.load = self._make_load()
         self.load_splat = self._make_load_splat()
         self.load_first = self._make_load_first()
-        self.load_last = self._make_load_last()
         self.store = self._make_store()
         self.stream = self._make_store(is_streaming=True)
         self.store_first = self._make_store_first()
@@ -406,22 +415,6 @@ class Storage:
             return storage.vector(types.int64, types.int64, fill), codegen
 
         return load_first
-
-    def _make_load_last(self) -> Any:
-        storage = self
-
-        @intrinsic
-        def load_last(typingctx: Any, address: Any, n: Any, fill: Any) -> Any:
-            def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-                address, n, fill = args
-                skipped = builder.sub(ir.Constant(I64, LANES), n)
-                start = builder.sub(address, builder.mul(skipped, ir.Constant(I64, storage.bytes)))
-                raw = builder.load(_pointer(builder, start, storage.memory), align=storage.bytes)
-                return builder.select(_first_lanes(builder, skipped), fill, storage._widen(builder, raw))
-
-            return storage.vector(types.int64, types.int64, fill), codegen
-
-        return load_last
 
     def _make_store(self, is_streaming: bool = False) -> Any:
         storage = self
