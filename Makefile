@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
 
-.PHONY: install demo test check bench docs clean
+.PHONY: install demo test check bench clean
 
 install: $(DONE)
 
@@ -32,4 +32,4 @@ bench: install
 	$(BIN)/python -m benchmarks.batch_norm
 
 clean:
-	rm -rf $(VENV) demo reports .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo reports .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -56,8 +56,9 @@ class Diagnosis:
         counts = [(s, sum(finding.severity == s for finding in self.findings)) for s in SEVERITIES]
         found = [f"{count} {severity}{'s' if count > 1 else ''}" for severity, count in counts if count]
         head = f"{', '.join(found)}." if found else "No faults found."
-        norms = len(self.facts.norms)
-        return f"{head} {len(self.checked)} of {len(self.checked) + len(self.unchecked)} rules checked {norms} norms."
+        count = len(self.facts.norms)
+        norms = f"{count} norm layer{'' if count == 1 else 's'}"
+        return f"{head} {len(self.checked)} of {len(self.checked) + len(self.unchecked)} rules checked {norms}."
 
     def document(self) -> Document:
         """The diagnosis as a document."""

@@ -139,7 +139,7 @@ def _plan(grouping: Grouping, dtype: torch.dtype, eps: float, is_given: bool, th
         block = min(max(1, PLANE_BLOCK // (inner * size)), group)
         tasks = -(-group // block)
         values[at.OUTER] = outer
-        scratch = min(threads, tasks) * block * at.SLOT
+        scratch = min(threads, tasks) * block * at.GROUP_BYTES
     values |= {at.BLOCK: block, at.TASKS: tasks}
     return Plan(at.template(values), tasks, min(threads, tasks), scratch, fold, is_streamable)
 

@@ -49,9 +49,10 @@ SUMS, INPUT = 1, 2
 TO_MOMENTS, TO_COEFFICIENTS, TO_SUMS, TO_BACK = 1, 2, 4, 8
 """Stages of the rows' work on columns."""
 
-SLOT = 2 * 16 * 8 + 64
-"""Bytes of scratch for one group of planes: two sums of 16 float64, and the coefficients."""
-
+SUMS_BYTES = 2 * 16 * 8
+COEFFICIENTS_BYTES = 8 * 8
+GROUP_BYTES = 2 * SUMS_BYTES + COEFFICIENTS_BYTES
+"""Bytes of scratch for one group of planes: narrow sums, wide sums (two of 16 lanes each) and coefficients."""
 
 Integers = ctypes.c_int64 * LENGTH
 Floats = ctypes.c_double * LENGTH

@@ -5,9 +5,10 @@ a whole forward or backward pass one trip to memory. The tasks are the same for 
 sums.
 
 Values are taken less a pivot (the group's first value going forward, its mean coming back), so that the square of a
-large mean never enters; they are added in two chains of at most 32 terms in the arithmetic's precision, and those
-sums in float64. A mean is taken off in two parts, `high` in the arithmetic's precision and the rest, so that an offset
-costs no digits of the result.
+large mean never enters; at most CHUNK of them are added in the arithmetic's precision ("narrow"), those sums in
+float64 ("wide"). Memory is read in its own order, run after run: short runs leave their sums in narrow slots, which
+stay in the first cache. A mean is taken off in two parts, `high` in the arithmetic's precision and the rest, so that
+an offset costs no digits of the result.
 
 The end of a run that does not fill a vector is done by a vector that ends with the run and overlaps the one before:
 masked stores cost ten times as much on some processors. Runs shorter than a vector have to be masked.
@@ -19,7 +20,15 @@ import numba
 
 from steadynorm.kernels.cpu import activations
 from steadynorm.kernels.cpu import arguments as at
-from steadynorm.kernels.cpu.arguments import INPUT, NORMALIZE, SLOT, STATISTICS, SUMS
+from steadynorm.kernels.cpu.arguments import (
+    COEFFICIENTS_BYTES,
+    GROUP_BYTES,
+    INPUT,
+    NORMALIZE,
+    STATISTICS,
+    SUMS,
+    SUMS_BYTES,
+)
 from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
@@ -40,8 +49,8 @@ from steadynorm.kernels.cpu.simd import (
     widen,
 )
 
-SUM = LANES * 8
-HIGH, SCALE, SHIFT, BACK, CENTRE = (2 * SUM + 8 * i for i in range(5))
+SUM = SUMS_BYTES // 2
+HIGH, SCALE, SHIFT, BACK, CENTRE = (8 * i for i in range(5))
 
 CHUNK = 64 * LANES
 """Values added in the arithmetic's precision before the sums are widened: 32 terms a lane in each of two chains."""
@@ -53,22 +62,36 @@ def _sizes(args: Any) -> Any:
 
 
 @inlined
-def _clear(slots: Any, groups: Any) -> Any:
-    for c in range(groups):
-        store_vector(slots + c * SLOT, splat64(0.0))
-        store_vector(slots + c * SLOT + SUM, splat64(0.0))
+def _add_to(wide: Any, total: Any, other: Any) -> Any:
+    store_vector(wide, load_v64(wide) + widen(total))
+    store_vector(wide + SUM, load_v64(wide + SUM) + widen(other))
 
 
 @inlined
-def _add_to(slot: Any, total: Any, other: Any) -> Any:
-    store_vector(slot, load_v64(slot) + widen(total))
-    store_vector(slot + SUM, load_v64(slot + SUM) + widen(other))
+def _clear(narrow: Any, wide: Any, groups: Any) -> Any:
+    """Zero bytes are zero in either precision."""
+    for o in range(0, groups * SUMS_BYTES, SUM):
+        store_vector(narrow + o, splat64(0.0))
+        store_vector(wide + o, splat64(0.0))
+
+
+def _make_flush(storage: Storage) -> Any:
+    """Add the narrow sums of all groups of a block to the wide ones, and start them again from zero."""
+    load_lanes, splat = storage.load_lanes, storage.splat
+
+    @inlined
+    def flush(narrow: Any, wide: Any, groups: Any) -> Any:
+        for o in range(0, groups * SUMS_BYTES, SUMS_BYTES):
+            _add_to(wide + o, load_lanes(narrow + o), load_lanes(narrow + o + SUM))
+            store_vector(narrow + o, splat(0.0))
+            store_vector(narrow + o + SUM, splat(0.0))
+
+    return flush
 
 
 @inlined
-def _runs_together(outer: Any, inner: Any) -> Any:
-    """How many runs of a group are added before the sums are widened."""
-    return max(1, min(outer, CHUNK // (inner + LANES)))
+def _runs_between_flushes(inner: Any) -> Any:
+    return max(1, CHUNK // (inner + LANES))
 
 
 def _coefficients(storage: Storage) -> Any:
@@ -93,15 +116,17 @@ def _coefficients(storage: Storage) -> Any:
 
 
 def _over_tasks(run: Any) -> Any:
-    """A kernel that runs `run(args, stages, slots, first group, last group)` over all tasks."""
+    """A kernel that runs `run(args, stages, narrow, wide, coefficients, first group, last group)` over all tasks."""
 
     def kernel(args: Any) -> Any:
         stages, block = load_i64(args + at.STAGES * 8), load_i64(args + at.BLOCK * 8)
         tasks, group = load_i64(args + at.TASKS * 8), load_i64(args + at.GROUP * 8)
-        slots = load_i64(args + at.SCRATCH * 8) + next_ticket(args + at.WORKERS * 8) * block * SLOT
+        narrow = load_i64(args + at.SCRATCH * 8) + next_ticket(args + at.WORKERS * 8) * block * GROUP_BYTES
+        wide = narrow + block * SUMS_BYTES
+        coefficients = wide + block * SUMS_BYTES
         task = next_ticket(args)
         while task < tasks:
-            run(args, stages, slots, task * block, min(task * block + block, group))
+            run(args, stages, narrow, wide, coefficients, task * block, min(task * block + block, group))
             task = next_ticket(args)
         stores_fence()
 
@@ -143,9 +168,9 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
     statistics, normalize = _make_statistics(storage), _make_normalize(storage, activation)
 
     @inlined
-    def run(args: Any, stages: Any, slots: Any, first: Any, last: Any) -> Any:
+    def run(args: Any, stages: Any, narrow: Any, wide: Any, slots: Any, first: Any, last: Any) -> Any:
         if stages & STATISTICS:
-            statistics(args, slots, first, last)
+            statistics(args, narrow, wide, first, last)
         if stages & NORMALIZE:
             normalize(args, slots, first, last)
 
@@ -154,7 +179,7 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
 
 def _make_statistics(storage: Storage) -> Any:
     load, load_first, load_splat = storage.load, storage.load_first, storage.load_splat
-    size, splat = storage.bytes, storage.splat
+    size, splat, load_lanes, flush = storage.bytes, storage.splat, storage.load_lanes, _make_flush(storage)
 
     @inlined
     def add(row: Any, start: Any, stop: Any, inner: Any, pivot: Any, s0: Any, q0: Any, s1: Any, q1: Any) -> Any:
@@ -177,24 +202,32 @@ def _make_statistics(storage: Storage) -> Any:
         return s0, q0, s1, q1
 
     @inlined
-    def statistics(args: Any, slots: Any, first: Any, last: Any) -> Any:
+    def statistics(args: Any, narrow: Any, wide: Any, first: Any, last: Any) -> Any:
         outer, group, inner = _sizes(args)
         x = load_i64(args + at.X * 8)
-        together = _runs_together(outer, inner)
+        between = _runs_between_flushes(inner)
         zero = splat(0.0)
-        _clear(slots, last - first)
-        for n in range(0, outer, together):
+        _clear(narrow, wide, last - first)
+        for n in range(outer):
             for c in range(first, last):
+                row = x + (n * group + c) * inner * size
                 pivot = load_splat(x + c * inner * size)
-                for start in range(0, inner, CHUNK):
-                    s0, q0, s1, q1 = zero, zero, zero, zero
-                    for k in range(n, min(n + together, outer)):
-                        row = x + (k * group + c) * inner * size
-                        s0, q0, s1, q1 = add(row, start, min(start + CHUNK, inner), inner, pivot, s0, q0, s1, q1)
-                    _add_to(slots + (c - first) * SLOT, s0 + s1, q0 + q1)
+                slot = (c - first) * SUMS_BYTES
+                if inner <= CHUNK:
+                    s0, q0, s1, q1 = add(row, 0, inner, inner, pivot, zero, zero, zero, zero)
+                    store_vector(narrow + slot, load_lanes(narrow + slot) + (s0 + s1))
+                    store_vector(narrow + slot + SUM, load_lanes(narrow + slot + SUM) + (q0 + q1))
+                else:
+                    for start in range(0, inner, CHUNK):
+                        stop = min(start + CHUNK, inner)
+                        s0, q0, s1, q1 = add(row, start, stop, inner, pivot, zero, zero, zero, zero)
+                        _add_to(wide + slot, s0 + s1, q0 + q1)
+            if n % between == between - 1:
+                flush(narrow, wide, last - first)
+        flush(narrow, wide, last - first)
         count = outer * inner
         for c in range(first, last):
-            slot = slots + (c - first) * SLOT
+            slot = wide + (c - first) * SUMS_BYTES
             shift = lanes_sum(load_v64(slot)) / count
             var = lanes_sum(load_v64(slot + SUM)) / count - shift * shift
             if var < 0.0:
@@ -233,12 +266,12 @@ def _make_normalize(storage: Storage, activation: str | None) -> Any:
         x, y, residual = load_i64(args + at.X * 8), load_i64(args + at.Y * 8), load_i64(args + at.RESIDUAL * 8)
         streams = load_i64(args + at.STREAMS * 8) != 0
         for c in range(first, last):
-            coefficients(args, slots + (c - first) * SLOT, c)
+            coefficients(args, slots + (c - first) * COEFFICIENTS_BYTES, c)
         for n in range(outer):
             for c in range(first, last):
                 o = (n * group + c) * inner * size
                 beside = residual + o if residual != 0 else 0
-                write_run((x + o, beside), y + o, inner, slots + (c - first) * SLOT, streams)
+                write_run((x + o, beside), y + o, inner, slots + (c - first) * COEFFICIENTS_BYTES, streams)
 
     return normalize
 
@@ -249,9 +282,9 @@ def make_backward(storage: Storage, activation: str | None) -> Any:
     sums, input_gradient = _make_sums(storage, gradient), _make_input(storage, gradient)
 
     @inlined
-    def run(args: Any, stages: Any, slots: Any, first: Any, last: Any) -> Any:
+    def run(args: Any, stages: Any, narrow: Any, wide: Any, slots: Any, first: Any, last: Any) -> Any:
         if stages & SUMS:
-            sums(args, slots, first, last)
+            sums(args, narrow, wide, slots, first, last)
         if stages & INPUT:
             input_gradient(args, slots, first, last)
 
@@ -278,7 +311,7 @@ def _make_gradient(storage: Storage, activation: str | None) -> Any:
 def _make_sums(storage: Storage, gradient: Any) -> Any:
     load, load_first = storage.load, storage.load_first
     store, store_first, splat, size = storage.store, storage.store_first, storage.splat, storage.bytes
-    coefficients = _coefficients(storage)
+    coefficients, load_lanes, flush = _coefficients(storage), storage.load_lanes, _make_flush(storage)
 
     @inlined
     def values_at(at_run: Any, i: Any, is_output: Any, slot: Any) -> Any:
@@ -333,30 +366,36 @@ def _make_sums(storage: Storage, gradient: Any) -> Any:
         return s0, p0, s1, p1
 
     @inlined
-    def sums(args: Any, slots: Any, first: Any, last: Any) -> Any:
+    def sums(args: Any, narrow: Any, wide: Any, slots: Any, first: Any, last: Any) -> Any:
         outer, group, inner = _sizes(args)
         x, dy = load_i64(args + at.X * 8), load_i64(args + at.DY * 8)
         side, g = load_i64(args + at.SIDE * 8), load_i64(args + at.G * 8)
         is_output = load_i64(args + at.IS_OUTPUT * 8) != 0
-        together = _runs_together(outer, inner)
+        between = _runs_between_flushes(inner)
         zero = splat(0.0)
-        _clear(slots, last - first)
+        _clear(narrow, wide, last - first)
         for c in range(first, last):
-            coefficients(args, slots + (c - first) * SLOT, c)
-        for n in range(0, outer, together):
+            coefficients(args, slots + (c - first) * COEFFICIENTS_BYTES, c)
+        for n in range(outer):
             for c in range(first, last):
-                slot = slots + (c - first) * SLOT
-                for start in range(0, inner, CHUNK):
-                    s0, p0, s1, p1 = zero, zero, zero, zero
-                    for k in range(n, min(n + together, outer)):
-                        o = (k * group + c) * inner * size
-                        at_run = (x + o, dy + o, side + o if side != 0 else 0, g + o if g != 0 else 0)
+                o = (n * group + c) * inner * size
+                at_run = (x + o, dy + o, side + o if side != 0 else 0, g + o if g != 0 else 0)
+                factors, slot = slots + (c - first) * COEFFICIENTS_BYTES, (c - first) * SUMS_BYTES
+                if inner <= CHUNK:
+                    s0, p0, s1, p1 = add(at_run, 0, inner, inner, is_output, factors, zero, zero, zero, zero)
+                    store_vector(narrow + slot, load_lanes(narrow + slot) + (s0 + s1))
+                    store_vector(narrow + slot + SUM, load_lanes(narrow + slot + SUM) + (p0 + p1))
+                else:
+                    for start in range(0, inner, CHUNK):
                         stop = min(start + CHUNK, inner)
-                        s0, p0, s1, p1 = add(at_run, start, stop, inner, is_output, slot, s0, p0, s1, p1)
-                    _add_to(slot, s0 + s1, p0 + p1)
+                        s0, p0, s1, p1 = add(at_run, start, stop, inner, is_output, factors, zero, zero, zero, zero)
+                        _add_to(wide + slot, s0 + s1, p0 + p1)
+            if n % between == between - 1:
+                flush(narrow, wide, last - first)
+        flush(narrow, wide, last - first)
         for c in range(first, last):
-            slot = slots + (c - first) * SLOT
-            rest_of_mean, invstd = coefficients(args, slot, c)
+            slot = wide + (c - first) * SUMS_BYTES
+            rest_of_mean, invstd = coefficients(args, slots + (c - first) * COEFFICIENTS_BYTES, c)
             total = lanes_sum(load_v64(slot))
             products = lanes_sum(load_v64(slot + SUM)) - rest_of_mean * total
             store_f64(load_i64(args + at.DBIAS * 8) + c * 8, total)
@@ -410,11 +449,11 @@ def _make_input(storage: Storage, gradient: Any) -> Any:
         is_output = load_i64(args + at.IS_OUTPUT * 8) != 0
         streams = load_i64(args + at.STREAMS * 8) != 0
         for c in range(first, last):
-            back_coefficients(args, slots + (c - first) * SLOT, c)
+            back_coefficients(args, slots + (c - first) * COEFFICIENTS_BYTES, c)
         for n in range(outer):
             for c in range(first, last):
                 o = (n * group + c) * inner * size
                 at_run = (x + o, dy + o, side + o if side != 0 else 0, g + o if g != 0 else 0, is_output)
-                write_run(at_run, dx + o, inner, slots + (c - first) * SLOT, streams)
+                write_run(at_run, dx + o, inner, slots + (c - first) * COEFFICIENTS_BYTES, streams)
 
     return input_gradient

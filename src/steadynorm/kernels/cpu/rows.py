@@ -62,12 +62,12 @@ def clear(sums: Any, narrow: Any, width: Any, lane: Any) -> Any:
 
 def _make_flush(storage: Storage) -> Any:
     """Add the narrow sums of all columns to the wide ones, and start them again from zero."""
-    load_lane, lane, splat = _load_lane(storage), 8 if storage.is_double else 4, storage.splat
+    load_lanes, lane, splat = storage.load_lanes, storage.lane_bytes, storage.splat
 
     @inlined
     def flush(narrow: Any, sums: Any, width: Any) -> Any:
         for j in range(0, 2 * width, LANES):
-            store_vector(sums + j * 8, load_v64(sums + j * 8) + widen(load_lane(narrow + j * lane)))
+            store_vector(sums + j * 8, load_v64(sums + j * 8) + widen(load_lanes(narrow + j * lane)))
             store_vector(narrow + j * lane, splat(0.0))
 
     return flush
@@ -76,7 +76,7 @@ def _make_flush(storage: Storage) -> Any:
 def make_columns(storage: Storage) -> Any:
     """The work between the sweeps, on one thread: sums of blocks to statistics, statistics to coefficients."""
     load_splat = storage.load_splat
-    size, lane = storage.bytes, 8 if storage.is_double else 4
+    size, lane = storage.bytes, storage.lane_bytes
     is_double = storage.is_double
 
     @inlined
@@ -169,11 +169,11 @@ def make_statistics(storage: Storage) -> Any:
     """The first sweep forward: Σ (x − pivot) and Σ (x − pivot)² of every column, block by block."""
     load, load_first, splat, size = storage.load, storage.load_first, storage.splat, storage.bytes
 
-    flush, load_lane, lane = _make_flush(storage), _load_lane(storage), 8 if storage.is_double else 4
+    flush, load_lanes, lane = _make_flush(storage), storage.load_lanes, storage.lane_bytes
 
     @inlined
     def add(row: Any, stride: Any, rows: Any, j: Any, left: Any, pivots: Any, narrow: Any, width: Any) -> Any:
-        total, squares = load_lane(narrow + j * lane), load_lane(narrow + (width + j) * lane)
+        total, squares = load_lanes(narrow + j * lane), load_lanes(narrow + (width + j) * lane)
         if left >= LANES:
             pivot = load(pivots + j * size)
             for k in range(rows):
@@ -209,18 +209,12 @@ def make_statistics(storage: Storage) -> Any:
     return _blocks(block)
 
 
-def _load_lane(storage: Storage) -> Any:
-    from steadynorm.kernels.cpu.simd import load_v32
-
-    return load_v64 if storage.is_double else load_v32
-
-
 def make_normalize(storage: Storage, activation: str | None) -> Any:
     """The second sweep forward."""
     apply, _ = activations.make(storage, activation)
     load, load_first, store, store_first = storage.load, storage.load_first, storage.store, storage.store_first
     stream, size = storage.stream, storage.bytes
-    coefficient, lane = _load_lane(storage), 8 if storage.is_double else 4
+    coefficient, lane = storage.load_lanes, storage.lane_bytes
 
     @inlined
     def write(
@@ -288,7 +282,7 @@ def make_sums(storage: Storage, activation: str | None) -> Any:
     gradient = _gradient(storage, activation)
     load, load_first, store, store_first = storage.load, storage.load_first, storage.store, storage.store_first
     size = storage.bytes
-    coefficient, lane, flush = _load_lane(storage), 8 if storage.is_double else 4, _make_flush(storage)
+    coefficient, lane, flush = storage.load_lanes, storage.lane_bytes, _make_flush(storage)
 
     @inlined
     def add(args: Any, offset: Any, stride: Any, rows: Any, j: Any, left: Any, narrow: Any, width: Any) -> Any:
@@ -339,7 +333,7 @@ def make_input(storage: Storage, activation: str | None) -> Any:
     gradient = _gradient(storage, activation)
     load, load_first, store, store_first = storage.load, storage.load_first, storage.store, storage.store_first
     stream, splat, size = storage.stream, storage.splat, storage.bytes
-    coefficient, lane = _load_lane(storage), 8 if storage.is_double else 4
+    coefficient, lane = storage.load_lanes, storage.lane_bytes
 
     @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:

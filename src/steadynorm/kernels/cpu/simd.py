@@ -341,6 +341,7 @@ class Storage:
         store(address, v), store_first(address, n, v), stream(address, v): `stream` bypasses the caches and needs an
             address that is a multiple of 16 elements.
         splat(float): a scalar in the arithmetic's precision.
+        load_lanes(address), lane_bytes: vectors of the arithmetic's precision in memory, as `store_vector` writes them.
     """
 
     def __init__(self, name: str) -> None:
@@ -351,6 +352,8 @@ class Storage:
         self.vector = V64 if self.is_double else V32
         self.splat = splat64 if self.is_double else splat32
         self.memory = ir.VectorType(lane, LANES)
+        self.lane_bytes = 8 if self.is_double else 4
+        self.load_lanes = load_v64 if self.is_double else load_v32
         self.load = self._make_load()
         self.load_splat = self._make_load_splat()
         self.load_first = self._make_load_first()
