@@ -234,7 +234,18 @@ def test_the_lab_stores_its_cells_and_skips_them_the_next_time(recipe, tmp_path)
 
 def test_a_stopped_lab_goes_on_where_it_was(recipe, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    arguments = ["lab", str(recipe()), "--batch-sizes", "4", "--norms", "batch", "--seeds", "200", "--store", str(rows)]
+    arguments = [
+        "lab",
+        str(recipe()),
+        "--batch-sizes",
+        "4",
+        "--norms",
+        "batch",
+        "--seeds",
+        "5000",
+        "--store",
+        str(rows),
+    ]
     arguments += ["--steps", "4"]
     command = [sys.executable, "-c", "from steadynorm.cli import main; main()", *arguments]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
