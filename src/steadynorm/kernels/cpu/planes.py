@@ -32,6 +32,7 @@ from steadynorm.kernels.cpu.arguments import (
 from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
+    first_lane,
     fma,
     inlined,
     keep_last,
@@ -232,7 +233,7 @@ def _make_statistics(storage: Storage) -> Any:
             var = lanes_sum(load_v64(slot + SUM)) / count - shift * shift
             if var < 0.0:
                 var = 0.0
-            pivot = lanes_sum(widen(load_splat(x + c * inner * size))) / LANES
+            pivot = first_lane(widen(load_splat(x + c * inner * size)))
             store_f64(load_i64(args + at.MEAN * 8) + c * 8, pivot + shift)
             store_f64(load_i64(args + at.VAR * 8) + c * 8, var)
 

@@ -19,9 +19,9 @@ from steadynorm.kernels.cpu.arguments import TO_BACK, TO_COEFFICIENTS, TO_MOMENT
 from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
+    first_lane,
     fma,
     inlined,
-    lanes_sum,
     load_f64,
     load_i64,
     load_v64,
@@ -80,68 +80,64 @@ def make_columns(storage: Storage) -> Any:
     is_double = storage.is_double
 
     @inlined
-    def sum_of(args: Any, which: Any, c: Any) -> Any:
-        """Sum number `which` of channel `c` over the blocks, and over the rows that were taken as one."""
-        group, fold = load_i64(args + at.GROUP * 8), load_i64(args + at.FOLD * 8)
-        width = padded(group * fold)
-        start = load_i64(args + at.SCRATCH * 8) + which * width * 8
+    def sum_of(sums: Any, c: Any, tasks: Any, apart: Any, group: Any, fold: Any) -> Any:
+        """A sum of channel `c` over the blocks, `apart` bytes from each other, and over rows that were taken as one."""
         total = 0.0
-        for task in range(load_i64(args + at.TASKS * 8)):
+        for task in range(tasks):
             for k in range(fold):
-                total += load_f64(start + task * 2 * width * (8 + lane) + (k * group + c) * 8)
+                total += load_f64(sums + task * apart + (k * group + c) * 8)
         return total
 
     @inlined
-    def to_moments(args: Any, c: Any) -> Any:
-        per_count = load_f64(args + at.PER_COUNT * 8)
-        pivot = lanes_sum(widen(load_splat(load_i64(args + at.X * 8) + c * size))) / LANES
-        shift = sum_of(args, 0, c) * per_count
-        var = sum_of(args, 1, c) * per_count - shift * shift
-        if var < 0.0:
-            var = 0.0
-        store_f64(load_i64(args + at.MEAN * 8) + c * 8, pivot + shift)
-        store_f64(load_i64(args + at.VAR * 8) + c * 8, var)
-
-    @inlined
-    def keep(args: Any, which: Any, c: Any, value: Any) -> Any:
-        """Write a coefficient of channel `c` to each of its columns, in the arithmetic's precision."""
-        group, fold = load_i64(args + at.GROUP * 8), load_i64(args + at.FOLD * 8)
-        width = padded(group * fold)
-        start = load_i64(args + at.COLUMNS * 8) + which * width * lane
+    def keep(at_c: Any, group: Any, fold: Any, value: Any) -> Any:
+        """Write a coefficient of a channel to each of its columns, in the arithmetic's precision."""
         for k in range(fold):
             if is_double:
-                store_f64(start + (k * group + c) * lane, value)
+                store_f64(at_c + k * group * lane, value)
             else:
-                store_f32(start + (k * group + c) * lane, value)
+                store_f32(at_c + k * group * lane, value)
 
     def kernel(args: Any) -> Any:
-        stages, group = load_i64(args + at.STAGES * 8), load_i64(args + at.GROUP * 8)
+        stages, tasks = load_i64(args + at.STAGES * 8), load_i64(args + at.TASKS * 8)
+        group, fold, x = load_i64(args + at.GROUP * 8), load_i64(args + at.FOLD * 8), load_i64(args + at.X * 8)
         per_count, eps = load_f64(args + at.PER_COUNT * 8), load_f64(args + at.EPS * 8)
         weights, weight_bytes = load_i64(args + at.WEIGHT * 8), load_i64(args + at.WEIGHT_BYTES * 8)
         biases, bias_bytes = load_i64(args + at.BIAS * 8), load_i64(args + at.BIAS_BYTES * 8)
+        means, variances = load_i64(args + at.MEAN * 8), load_i64(args + at.VAR * 8)
         dweight, dbias = load_i64(args + at.DWEIGHT * 8), load_i64(args + at.DBIAS * 8)
+        sums, columns = load_i64(args + at.SCRATCH * 8), load_i64(args + at.COLUMNS * 8)
+        width = padded(group * fold)
+        apart, other = 2 * width * (8 + lane), width * 8
         for c in range(group):
             if stages & TO_MOMENTS:
-                to_moments(args, c)
+                shift = sum_of(sums, c, tasks, apart, group, fold) * per_count
+                var = sum_of(sums + other, c, tasks, apart, group, fold) * per_count - shift * shift
+                if var < 0.0:
+                    var = 0.0
+                store_f64(means + c * 8, first_lane(widen(load_splat(x + c * size))) + shift)
+                store_f64(variances + c * 8, var)
                 if stages == TO_MOMENTS:
                     continue
-            mean = load_f64(load_i64(args + at.MEAN * 8) + c * 8)
-            var = load_f64(load_i64(args + at.VAR * 8) + c * 8)
+            mean, var = load_f64(means + c * 8), load_f64(variances + c * 8)
             high = mean if is_double else numba.float64(numba.float32(mean))
             rest, invstd = mean - high, 1.0 / square_root_of(var + eps)
             if stages & TO_SUMS:
-                total = sum_of(args, 0, c)
+                total = sum_of(sums, c, tasks, apart, group, fold)
+                products = sum_of(sums + other, c, tasks, apart, group, fold)
                 store_f64(dbias + c * 8, total)
-                store_f64(dweight + c * 8, (sum_of(args, 1, c) - rest * total) * invstd)
+                store_f64(dweight + c * 8, (products - rest * total) * invstd)
             if stages & TO_COEFFICIENTS:
+                at_c = columns + c * lane
                 scale = parameter(weights, weight_bytes, c, 1.0) * invstd
-                keep(args, 0, c, high)
-                keep(args, 1, c, scale)
-                keep(args, 2, c, parameter(biases, bias_bytes, c, 0.0) - rest * scale)
+                keep(at_c, group, fold, high)
+                keep(at_c + width * lane, group, fold, scale)
+                shift = parameter(biases, bias_bytes, c, 0.0) - rest * scale
+                keep(at_c + 2 * width * lane, group, fold, shift)
                 if stages & TO_BACK:
                     of_var = load_f64(dweight + c * 8) * per_count * invstd
-                    keep(args, 3, c, -scale * of_var)
-                    keep(args, 4, c, scale * (rest * of_var - load_f64(dbias + c * 8) * per_count))
+                    keep(at_c + 3 * width * lane, group, fold, -scale * of_var)
+                    centre = scale * (rest * of_var - load_f64(dbias + c * 8) * per_count)
+                    keep(at_c + 4 * width * lane, group, fold, centre)
 
     return kernel
 

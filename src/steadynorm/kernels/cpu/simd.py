@@ -169,6 +169,16 @@ def lanes_sum(typingctx: Any, a: Any) -> Any:
 
 
 @intrinsic
+def first_lane(typingctx: Any, a: Any) -> Any:
+    """The first lane of a float64 vector."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.extract_element(args[0], ir.Constant(I32, 0))
+
+    return types.float64(a), codegen
+
+
+@intrinsic
 def where_positive(typingctx: Any, condition: Any, yes: Any, no: Any) -> Any:
     """Lane by lane: `yes` where `condition` > 0, else `no` (also where it is NaN)."""
 
