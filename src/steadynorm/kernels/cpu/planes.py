@@ -135,29 +135,30 @@ def _over_tasks(run: Any) -> Any:
 
 
 def _write_run(storage: Storage, value_at: Any) -> Any:
-    """Write a run of `inner` values, each vector made by `value_at(at, i, n, slot)` from element `i` on.
+    """Write a run of `inner` values, each vector made by `value_at(at, i, n, factors)` from element `i` on.
 
-    `n` is the number of valid lanes. In place works: the last, overlapping vector is made before any other is
-    written. `streams` needs an output that nothing is read from.
+    `n` is the number of valid lanes; `factors` are the group's coefficients as vectors, read once for the run, since a
+    compiler must assume that every store may change them. In place works: the last, overlapping vector is made before
+    any other is written. `streams` needs an output that nothing is read from.
     """
     store, store_first, stream, size = storage.store, storage.store_first, storage.stream, storage.bytes
 
     @inlined
-    def write_run(at_run: Any, out: Any, inner: Any, slot: Any, streams: Any) -> Any:
+    def write_run(at_run: Any, out: Any, inner: Any, factors: Any, streams: Any) -> Any:
         if inner < LANES:
-            store_first(out, inner, value_at(at_run, 0, inner, slot))
+            store_first(out, inner, value_at(at_run, 0, inner, factors))
             return
-        last = value_at(at_run, inner - LANES, LANES, slot)
+        last = value_at(at_run, inner - LANES, LANES, factors)
         i = 0
         if streams:
-            store(out, value_at(at_run, 0, LANES, slot))
+            store(out, value_at(at_run, 0, LANES, factors))
             i = (-(out // size)) % LANES
             while i + LANES <= inner:
-                stream(out + i * size, value_at(at_run, i, LANES, slot))
+                stream(out + i * size, value_at(at_run, i, LANES, factors))
                 i += LANES
         else:
             while i + LANES <= inner:
-                store(out + i * size, value_at(at_run, i, LANES, slot))
+                store(out + i * size, value_at(at_run, i, LANES, factors))
                 i += LANES
         store(out + (inner - LANES) * size, last)
 
@@ -246,9 +247,9 @@ def _make_normalize(storage: Storage, activation: str | None) -> Any:
     coefficients = _coefficients(storage)
 
     @inlined
-    def value_at(at_run: Any, i: Any, n: Any, slot: Any) -> Any:
+    def value_at(at_run: Any, i: Any, n: Any, factors: Any) -> Any:
         x, residual = at_run
-        high, scale, shift = splat(load_f64(slot + HIGH)), splat(load_f64(slot + SCALE)), splat(load_f64(slot + SHIFT))
+        high, scale, shift = factors
         if n == LANES:
             z = fma(load(x + i * size) - high, scale, shift)
             if residual != 0:
@@ -272,7 +273,9 @@ def _make_normalize(storage: Storage, activation: str | None) -> Any:
             for c in range(first, last):
                 o = (n * group + c) * inner * size
                 beside = residual + o if residual != 0 else 0
-                write_run((x + o, beside), y + o, inner, slots + (c - first) * COEFFICIENTS_BYTES, streams)
+                slot = slots + (c - first) * COEFFICIENTS_BYTES
+                factors = splat(load_f64(slot + HIGH)), splat(load_f64(slot + SCALE)), splat(load_f64(slot + SHIFT))
+                write_run((x + o, beside), y + o, inner, factors, streams)
 
     return normalize
 
@@ -295,16 +298,15 @@ def make_backward(storage: Storage, activation: str | None) -> Any:
 def _make_gradient(storage: Storage, activation: str | None) -> Any:
     """g = dy · activation'(z): z is computed again, or the output tells on which side it is."""
     _, back = activations.make(storage, activation)
-    splat = storage.splat
     has_activation = activation is not None
 
     @inlined
-    def gradient(centred: Any, dy: Any, side: Any, is_output: Any, slot: Any) -> Any:
+    def gradient(centred: Any, dy: Any, side: Any, is_output: Any, scale: Any, shift: Any) -> Any:
         if not has_activation:
             return dy
         if is_output:
             return back(side, dy)
-        return back(fma(centred, splat(load_f64(slot + SCALE)), splat(load_f64(slot + SHIFT))) + side, dy)
+        return back(fma(centred, scale, shift) + side, dy)
 
     return gradient
 
@@ -315,38 +317,40 @@ def _make_sums(storage: Storage, gradient: Any) -> Any:
     coefficients, load_lanes, flush = _coefficients(storage), storage.load_lanes, _make_flush(storage)
 
     @inlined
-    def values_at(at_run: Any, i: Any, is_output: Any, slot: Any) -> Any:
+    def values_at(at_run: Any, i: Any, is_output: Any, factors: Any) -> Any:
         x, dy, side, _ = at_run
-        centred = load(x + i * size) - splat(load_f64(slot + HIGH))
+        high, scale, shift = factors
+        centred = load(x + i * size) - high
         beside = load(side + i * size) if side != 0 else splat(0.0)
-        return centred, gradient(centred, load(dy + i * size), beside, is_output, slot)
+        return centred, gradient(centred, load(dy + i * size), beside, is_output, scale, shift)
 
     @inlined
-    def short_run(at_run: Any, inner: Any, is_output: Any, slot: Any) -> Any:
+    def short_run(at_run: Any, inner: Any, is_output: Any, factors: Any) -> Any:
         x, dy, side, g = at_run
-        high, zero = splat(load_f64(slot + HIGH)), splat(0.0)
+        high, scale, shift = factors
+        zero = splat(0.0)
         centred = load_first(x, inner, high) - high
         beside = load_first(side, inner, zero) if side != 0 else zero
-        value = gradient(centred, load_first(dy, inner, zero), beside, is_output, slot)
+        value = gradient(centred, load_first(dy, inner, zero), beside, is_output, scale, shift)
         if g != 0:
             store_first(g, inner, value)
         return centred, value
 
     @inlined
     def add(
-        at_run: Any, start: Any, stop: Any, inner: Any, is_output: Any, slot: Any, s0: Any, p0: Any, s1: Any, p1: Any
+        at_run: Any, start: Any, stop: Any, inner: Any, is_output: Any, factors: Any, s0: Any, p0: Any, s1: Any, p1: Any
     ) -> Any:
         if inner < LANES:
-            centred, value = short_run(at_run, inner, is_output, slot)
+            centred, value = short_run(at_run, inner, is_output, factors)
             return s0 + value, fma(value, centred, p0), s1, p1
         g = at_run[3]
         # The overlapping end is read before anything is written near it: a load just behind a store to the same
         # place of another page waits for it.
-        last_centred, last_value = values_at(at_run, inner - LANES, is_output, slot)
+        last_centred, last_value = values_at(at_run, inner - LANES, is_output, factors)
         i = start
         while i + 2 * LANES <= stop:
-            centred, value = values_at(at_run, i, is_output, slot)
-            other_centred, other = values_at(at_run, i + LANES, is_output, slot)
+            centred, value = values_at(at_run, i, is_output, factors)
+            other_centred, other = values_at(at_run, i + LANES, is_output, factors)
             if g != 0:
                 store(g + i * size, value)
                 store(g + (i + LANES) * size, other)
@@ -354,7 +358,7 @@ def _make_sums(storage: Storage, gradient: Any) -> Any:
             s1, p1 = s1 + other, fma(other, other_centred, p1)
             i += 2 * LANES
         if i + LANES <= stop:
-            centred, value = values_at(at_run, i, is_output, slot)
+            centred, value = values_at(at_run, i, is_output, factors)
             if g != 0:
                 store(g + i * size, value)
             s0, p0 = s0 + value, fma(value, centred, p0)
@@ -381,7 +385,8 @@ def _make_sums(storage: Storage, gradient: Any) -> Any:
             for c in range(first, last):
                 o = (n * group + c) * inner * size
                 at_run = (x + o, dy + o, side + o if side != 0 else 0, g + o if g != 0 else 0)
-                factors, slot = slots + (c - first) * COEFFICIENTS_BYTES, (c - first) * SUMS_BYTES
+                slot, kept = (c - first) * SUMS_BYTES, slots + (c - first) * COEFFICIENTS_BYTES
+                factors = splat(load_f64(kept + HIGH)), splat(load_f64(kept + SCALE)), splat(load_f64(kept + SHIFT))
                 if inner <= CHUNK:
                     s0, p0, s1, p1 = add(at_run, 0, inner, inner, is_output, factors, zero, zero, zero, zero)
                     store_vector(narrow + slot, load_lanes(narrow + slot) + (s0 + s1))
@@ -421,24 +426,30 @@ def _make_input(storage: Storage, gradient: Any) -> Any:
         store_f64(slot + CENTRE, scale * (rest * of_var - of_mean))
 
     @inlined
-    def value_at(at_run: Any, i: Any, n: Any, slot: Any) -> Any:
+    def value_at(at_run: Any, i: Any, n: Any, factors: Any) -> Any:
         x, dy, side, g, is_output = at_run
-        high, zero, o = splat(load_f64(slot + HIGH)), splat(0.0), i * size
+        high, scale, shift, slope, centre = factors
+        zero, o = splat(0.0), i * size
         if n == LANES:
             centred = load(x + o) - high
             if g != 0:
                 value = load(g + o)
             else:
-                value = gradient(centred, load(dy + o), load(side + o) if side != 0 else zero, is_output, slot)
+                beside = load(side + o) if side != 0 else zero
+                value = gradient(centred, load(dy + o), beside, is_output, scale, shift)
         else:
             centred = load_first(x, n, high) - high
             if g != 0:
                 value = load_first(g, n, zero)
             else:
                 beside = load_first(side, n, zero) if side != 0 else zero
-                value = gradient(centred, load_first(dy, n, zero), beside, is_output, slot)
-        slope, scale, centre = load_f64(slot + BACK), load_f64(slot + SCALE), load_f64(slot + CENTRE)
-        return fma(centred, splat(slope), fma(value, splat(scale), splat(centre)))
+                value = gradient(centred, load_first(dy, n, zero), beside, is_output, scale, shift)
+        return fma(centred, slope, fma(value, scale, centre))
+
+    @inlined
+    def factors_of(slot: Any) -> Any:
+        high, scale, shift = splat(load_f64(slot + HIGH)), splat(load_f64(slot + SCALE)), splat(load_f64(slot + SHIFT))
+        return high, scale, shift, splat(load_f64(slot + BACK)), splat(load_f64(slot + CENTRE))
 
     write_run = _write_run(storage, value_at)
 
@@ -455,6 +466,6 @@ def _make_input(storage: Storage, gradient: Any) -> Any:
             for c in range(first, last):
                 o = (n * group + c) * inner * size
                 at_run = (x + o, dy + o, side + o if side != 0 else 0, g + o if g != 0 else 0, is_output)
-                write_run(at_run, dx + o, inner, slots + (c - first) * COEFFICIENTS_BYTES, streams)
+                write_run(at_run, dx + o, inner, factors_of(slots + (c - first) * COEFFICIENTS_BYTES), streams)
 
     return input_gradient
