@@ -1,6 +1,8 @@
 """Kernels for groups that are the columns of a matrix: channels-last memory, or (N, C).
 
-Every thread sweeps blocks of rows. A pass over memory cannot end before all rows are seen, so a forward pass is two
+Every thread sweeps blocks of rows, one row after the other: memory is read in its own order. (Taking four rows together
+spares loads of the coefficients and of the sums, and cost up to 2.2 times as much: the prefetcher does not follow.) A
+pass over memory cannot end before all rows are seen, so a forward pass is two
 sweeps with a little work on the columns between them, and so is a backward pass. Where there are few channels, `FOLD`
 rows are taken as one (three channels would leave most lanes of a vector empty), and the sums of a channel's columns
 are added at the end.
@@ -40,11 +42,6 @@ SUM = LANES * 8
 
 ROWS_ADDED = 16
 """Rows whose values are added in the arithmetic's precision before the sums are widened: 16 terms a lane."""
-ROWS_READ = 4
-"""Rows read together: enough to spare loads and stores of the sums, few enough for the prefetcher and for the cache,
-where rows of a power of two of bytes all want the same place."""
-ROWS_WRITTEN = 4
-"""Rows written together: one load of the columns' coefficients for four vectors."""
 
 
 @inlined
@@ -168,22 +165,15 @@ def make_statistics(storage: Storage) -> Any:
     flush, load_lanes, lane = _make_flush(storage), storage.load_lanes, storage.lane_bytes
 
     @inlined
-    def add(row: Any, stride: Any, rows: Any, j: Any, left: Any, pivots: Any, narrow: Any, width: Any) -> Any:
+    def add(row: Any, j: Any, left: Any, pivots: Any, narrow: Any, width: Any) -> Any:
         total, squares = load_lanes(narrow + j * lane), load_lanes(narrow + (width + j) * lane)
         if left >= LANES:
-            pivot = load(pivots + j * size)
-            for k in range(rows):
-                value = load(row + k * stride + j * size) - pivot
-                total = total + value
-                squares = fma(value, value, squares)
+            value = load(row + j * size) - load(pivots + j * size)
         else:
             pivot = load_first(pivots + j * size, left, splat(0.0))
-            for k in range(rows):
-                value = load_first(row + k * stride + j * size, left, pivot) - pivot
-                total = total + value
-                squares = fma(value, value, squares)
-        store_vector(narrow + j * lane, total)
-        store_vector(narrow + (width + j) * lane, squares)
+            value = load_first(row + j * size, left, pivot) - pivot
+        store_vector(narrow + j * lane, total + value)
+        store_vector(narrow + (width + j) * lane, fma(value, value, squares))
 
     @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
@@ -194,11 +184,10 @@ def make_statistics(storage: Storage) -> Any:
         x, pivots = load_i64(args + at.X * 8) + first * stride, load_i64(args + at.PIVOT * 8)
         if columns == all_columns:
             clear(sums, narrow, width, lane)
-        for done in range(0, rows, ROWS_READ):
-            together = min(ROWS_READ, rows - done)
+        for done in range(rows):
             for j in range(0, columns, LANES):
-                add(x + done * stride, stride, together, j, columns - j, pivots, narrow, width)
-            if done % ROWS_ADDED == ROWS_ADDED - ROWS_READ:
+                add(x + done * stride, j, columns - j, pivots, narrow, width)
+            if done % ROWS_ADDED == ROWS_ADDED - 1:
                 flush(narrow, sums, width)
         flush(narrow, sums, width)
 
@@ -213,39 +202,29 @@ def make_normalize(storage: Storage, activation: str | None) -> Any:
     coefficient, lane = storage.load_lanes, storage.lane_bytes
 
     @inlined
-    def write(
-        x: Any, y: Any, residual: Any, rows: Any, stride: Any, left: Any, at_j: Any, width: Any, streams: Any
-    ) -> Any:
-        high, scale, shift = coefficient(at_j), coefficient(at_j + width), coefficient(at_j + 2 * width)
-        for k in range(rows):
-            o = k * stride
-            if left >= LANES:
-                z = fma(load(x + o) - high, scale, shift)
-                if residual != 0:
-                    z = z + load(residual + o)
-                if streams:
-                    stream(y + o, apply(z))
-                else:
-                    store(y + o, apply(z))
-            else:
-                z = fma(load_first(x + o, left, high) - high, scale, shift)
-                if residual != 0:
-                    z = z + load_first(residual + o, left, high)
-                store_first(y + o, left, apply(z))
-
-    @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
         all_columns = load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
         width, stride = padded(all_columns) * lane, all_columns * size
-        x, y, residual = load_i64(args + at.X * 8), load_i64(args + at.Y * 8), load_i64(args + at.RESIDUAL * 8)
         coefficients = load_i64(args + at.COLUMNS * 8)
+        x, y, residual = load_i64(args + at.X * 8), load_i64(args + at.Y * 8), load_i64(args + at.RESIDUAL * 8)
         streams = load_i64(args + at.STREAMS * 8) != 0
-        for r in range(first, first + rows, ROWS_WRITTEN):
-            together = min(ROWS_WRITTEN, first + rows - r)
+        for r in range(first, first + rows):
             for j in range(0, columns, LANES):
-                o = r * stride + j * size
-                beside = residual + o if residual != 0 else 0
-                write(x + o, y + o, beside, together, stride, columns - j, coefficients + j * lane, width, streams)
+                left, o, at_j = columns - j, r * stride + j * size, coefficients + j * lane
+                high, scale, shift = coefficient(at_j), coefficient(at_j + width), coefficient(at_j + 2 * width)
+                if left >= LANES:
+                    z = fma(load(x + o) - high, scale, shift)
+                    if residual != 0:
+                        z = z + load(residual + o)
+                    if streams:
+                        stream(y + o, apply(z))
+                    else:
+                        store(y + o, apply(z))
+                else:
+                    z = fma(load_first(x + o, left, high) - high, scale, shift)
+                    if residual != 0:
+                        z = z + load_first(residual + o, left, high)
+                    store_first(y + o, left, apply(z))
 
     return _blocks(block)
 
@@ -281,29 +260,22 @@ def make_sums(storage: Storage, activation: str | None) -> Any:
     coefficient, lane, flush = storage.load_lanes, storage.lane_bytes, _make_flush(storage)
 
     @inlined
-    def add(args: Any, offset: Any, stride: Any, rows: Any, j: Any, left: Any, narrow: Any, width: Any) -> Any:
+    def add(args: Any, o: Any, j: Any, left: Any, narrow: Any, width: Any) -> Any:
         x, dy = load_i64(args + at.X * 8), load_i64(args + at.DY * 8)
         side, g = load_i64(args + at.SIDE * 8), load_i64(args + at.G * 8)
         is_output = load_i64(args + at.IS_OUTPUT * 8) != 0
         at_j = load_i64(args + at.COLUMNS * 8) + j * lane
         high, scale, shift = coefficient(at_j), coefficient(at_j + width * lane), coefficient(at_j + 2 * width * lane)
         total, products = coefficient(narrow + j * lane), coefficient(narrow + (width + j) * lane)
-        for k in range(rows):
-            o = offset + k * stride + j * size
+        centred = (load(x + o) if left >= LANES else load_first(x + o, left, high)) - high
+        value = gradient(centred, dy, side, o, left, is_output, scale, shift)
+        if g != 0:
             if left >= LANES:
-                centred = load(x + o) - high
-                value = gradient(centred, dy, side, o, left, is_output, scale, shift)
-                if g != 0:
-                    store(g + o, value)
+                store(g + o, value)
             else:
-                centred = load_first(x + o, left, high) - high
-                value = gradient(centred, dy, side, o, left, is_output, scale, shift)
-                if g != 0:
-                    store_first(g + o, left, value)
-            total = total + value
-            products = fma(value, centred, products)
-        store_vector(narrow + j * lane, total)
-        store_vector(narrow + (width + j) * lane, products)
+                store_first(g + o, left, value)
+        store_vector(narrow + j * lane, total + value)
+        store_vector(narrow + (width + j) * lane, fma(value, centred, products))
 
     @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
@@ -313,11 +285,10 @@ def make_sums(storage: Storage, activation: str | None) -> Any:
         narrow = sums + 2 * width * 8
         if columns == all_columns:
             clear(sums, narrow, width, lane)
-        for done in range(0, rows, ROWS_READ):
-            together = min(ROWS_READ, rows - done)
+        for done in range(rows):
             for j in range(0, columns, LANES):
-                add(args, (first + done) * stride, stride, together, j, columns - j, narrow, width)
-            if done % ROWS_ADDED == ROWS_ADDED - ROWS_READ:
+                add(args, (first + done) * stride + j * size, j, columns - j, narrow, width)
+            if done % ROWS_ADDED == ROWS_ADDED - 1:
                 flush(narrow, sums, width)
         flush(narrow, sums, width)
 
@@ -340,25 +311,22 @@ def make_input(storage: Storage, activation: str | None) -> Any:
         side, g = load_i64(args + at.SIDE * 8), load_i64(args + at.G * 8)
         is_output = load_i64(args + at.IS_OUTPUT * 8) != 0
         streams = load_i64(args + at.STREAMS * 8) != 0
-        for r in range(first, first + rows, ROWS_WRITTEN):
+        for r in range(first, first + rows):
             for j in range(0, columns, LANES):
-                left = columns - j
-                at_j = coefficients + j * lane
+                left, o, at_j = columns - j, r * stride + j * size, coefficients + j * lane
                 high, scale, shift = coefficient(at_j), coefficient(at_j + width), coefficient(at_j + 2 * width)
                 slope, centre = coefficient(at_j + 3 * width), coefficient(at_j + 4 * width)
-                for k in range(r, min(r + ROWS_WRITTEN, first + rows)):
-                    o = k * stride + j * size
-                    centred = (load(x + o) if left >= LANES else load_first(x + o, left, high)) - high
-                    if g != 0:
-                        value = load(g + o) if left >= LANES else load_first(g + o, left, splat(0.0))
-                    else:
-                        value = gradient(centred, dy, side, o, left, is_output, scale, shift)
-                    value = fma(centred, slope, fma(value, scale, centre))
-                    if left < LANES:
-                        store_first(dx + o, left, value)
-                    elif streams:
-                        stream(dx + o, value)
-                    else:
-                        store(dx + o, value)
+                centred = (load(x + o) if left >= LANES else load_first(x + o, left, high)) - high
+                if g != 0:
+                    value = load(g + o) if left >= LANES else load_first(g + o, left, splat(0.0))
+                else:
+                    value = gradient(centred, dy, side, o, left, is_output, scale, shift)
+                value = fma(centred, slope, fma(value, scale, centre))
+                if left < LANES:
+                    store_first(dx + o, left, value)
+                elif streams:
+                    stream(dx + o, value)
+                else:
+                    store(dx + o, value)
 
     return _blocks(block)
