@@ -248,7 +248,14 @@ def test_a_stopped_lab_goes_on_where_it_was(recipe, tmp_path):
     ]
     arguments += ["--steps", "4"]
     command = [sys.executable, "-c", "from steadynorm.cli import main; main()", *arguments]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A test run in the background of a shell inherits SIGINT ignored, and would hand that on.
+    started = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not (rows.exists() and rows.read_text().endswith("\n")) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -4,6 +4,7 @@ A row is one line and is appended with one write, which the system does not mix 
 process that is killed can leave one torn line at the end: it is never read, and the next row starts on a new line.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from steadynorm.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 SCHEMA_VERSION = 1
 # Every row starts like this, so that a torn one is told from somebody else's file.
@@ -51,6 +57,7 @@ class Store:
         line = json.dumps({"schema_version": SCHEMA_VERSION, **row}, allow_nan=False) + "\n"
         file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
+            _lock(file)  # until it is closed: another process must not be seen in the middle of its write
             data = (line if _ends_whole(file) else "\n" + line).encode()
             if os.write(file, data) != len(data):
                 raise OSError(f"{self.path}: the row was written only in part, the disk may be full")
@@ -81,6 +88,13 @@ class Store:
 def key(row: Row) -> str:
     """The same text for two rows if they measure the same."""
     return json.dumps([row[name] for name in KEY], sort_keys=True)
+
+
+def _lock(file: int) -> None:
+    """Wait until no other process is appending; where the system or the file system has no locks, do without."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _ends_whole(file: int) -> bool:
