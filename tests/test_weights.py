@@ -100,3 +100,13 @@ def test_what_does_not_fit_names_the_first_few_keys():
         "give weights that were saved from the same model."
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_of_any_protocol_is_refused_without_a_warning(tmp_path, protocol):
+    """Python pickles with protocol 4 or 5; torch warns of every one but 2 before it refuses."""
+    path = tmp_path / "weights.pt"
+    path.write_bytes(pickle.dumps(Trap(tmp_path / "sprung"), protocol=protocol))
+    with pytest.raises(InputError, match="refused"):
+        read_weights(path)
+    assert not (tmp_path / "sprung").exists()

@@ -1,6 +1,7 @@
 """Weight files, read without running any code that they may hold."""
 
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,10 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_pt(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # of pickle protocols other than its own: what cannot be read is refused below, in our words
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} is refused: it holds more than tensors, and opening it could run code that is inside; "
