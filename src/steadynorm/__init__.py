@@ -43,7 +43,7 @@ __all__ = [
 
 # Where a name lives; it is imported when it is first asked for. A name that is not here is a submodule.
 _HOMES = {"backend": "kernels", "keep_freed_memory": "kernels.cpu.memory", "examine": "doctor", "repair": "doctor"}
-_HOMES |= {name: "layers" for name in __all__ if "BatchNorm" in name}
+_HOMES |= {name: "layers" for name in __all__ if name[0].isupper()}
 
 if not typing.TYPE_CHECKING:
 

@@ -19,8 +19,6 @@ from steadynorm.grouping import Grouping, dense_like
 from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, ops, reference
 from steadynorm.moments import Moments
 
-__all__ = ["ACTIVATIONS", "batch_norm", "normalize_batch", "normalize_running", "update_running_"]
-
 OPS = torch.ops.steadynorm
 
 
