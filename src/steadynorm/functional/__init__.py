@@ -1,9 +1,9 @@
 """Normalization as functions: autograd over the kernels, one file a family.
 
-batch     normalize_batch, normalize_running, update_running_, batch_norm
+batch     moments, normalize_batch, normalize_running, update_running_, batch_norm
 """
 
-from steadynorm.functional.batch import batch_norm, normalize_batch, normalize_running, update_running_
+from steadynorm.functional.batch import batch_norm, moments, normalize_batch, normalize_running, update_running_
 from steadynorm.kernels import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "batch_norm", "normalize_batch", "normalize_running", "update_running_"]
+__all__ = ["ACTIVATIONS", "batch_norm", "moments", "normalize_batch", "normalize_running", "update_running_"]

@@ -23,7 +23,10 @@ OPS = torch.ops.steadynorm
 
 
 class _Normalize(torch.autograd.Function):
-    """Normalise, add, activate; with the statistics of `x` (mean and var None) or with given ones."""
+    """Normalise, add, activate; with given statistics, or with those of `x`, which are taken where they are None.
+
+    Statistics are constants to the backward pass or, not `is_constant`, functions of `x`.
+    """
 
     @staticmethod
     def forward(
@@ -35,10 +38,9 @@ class _Normalize(torch.autograd.Function):
         mask: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
-        settings: tuple[Grouping, float, str | None],
+        settings: tuple[Grouping, float, str | None, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grouping, eps, activation = ctx.settings = settings
-        ctx.is_given = mean is not None and var is not None
+        grouping, eps, activation, _ = ctx.settings = settings
         flat = None if mask is None else mask.reshape(grouping[0], grouping[2])
         run = OPS if ops.is_traced(x) else ops
         if mean is not None and var is not None:
@@ -66,7 +68,7 @@ class _Normalize(torch.autograd.Function):
         if dy is None:
             return (None,) * 8
         x, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
-        grouping, eps, activation = ctx.settings
+        grouping, eps, activation, is_constant = ctx.settings
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, dy)
         dy = dense_like(dy, x)
@@ -91,7 +93,7 @@ class _Normalize(torch.autograd.Function):
             flat,
             eps,
             activation,
-            ctx.is_given,
+            is_constant,
             needs_dresidual,
         )
         return (
@@ -106,8 +108,8 @@ class _Normalize(torch.autograd.Function):
 def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The backward pass as a function that can itself be differentiated, to any order."""
     x, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
-    _, eps, activation = ctx.settings
-    statistics = (mean, var) if ctx.is_given else None
+    _, eps, activation, is_constant = ctx.settings
+    statistics = (mean, var) if is_constant else None
     normalized, *_ = reference.compose(x, weight, bias, None, mask, eps, None, statistics)
     g = dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0)
     if y is not None:
@@ -140,18 +142,16 @@ def _normalize(
     residual: Tensor | None,
     activation: str | None,
     mask: Tensor | None,
+    is_constant: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Check, choose how to run, and run; `statistics` are constants or, not `is_constant`, those of `x`."""
     if activation is not None and activation not in ACTIVATIONS:
         raise InputError(f"activation got {activation!r}, expected None or one of {', '.join(ACTIVATIONS)}.")
     if residual is not None and residual.shape != x.shape:
         raise InputError(f"residual got shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}.")
-    expected = (x.shape[0], *x.shape[2:])
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != expected):
-        raise InputError(
-            f"mask got shape {tuple(mask.shape)} and {mask.dtype}, expected {expected} and torch.bool: True is valid."
-        )
+    _check_mask(x, mask)
     if _runs_composed(x, residual):
-        return reference.compose(x, weight, bias, residual, mask, eps, activation, statistics)
+        return reference.compose(x, weight, bias, residual, mask, eps, activation, statistics if is_constant else None)
     x, grouping = grouping_.batch(x)
     if residual is not None:
         residual = dense_like(residual, x)
@@ -159,7 +159,40 @@ def _normalize(
     if statistics is not None:
         # Copies: what the backward pass reads must not move with the running statistics.
         mean, var = (t.detach().to(reference.statistics_dtype(x), copy=True) for t in statistics)
-    return _Normalize.apply(x, weight, bias, residual, mask, mean, var, (grouping, eps, activation))
+    return _Normalize.apply(x, weight, bias, residual, mask, mean, var, (grouping, eps, activation, is_constant))
+
+
+def _check_mask(x: Tensor, mask: Tensor | None) -> None:
+    expected = (x.shape[0], *x.shape[2:])
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != expected):
+        raise InputError(
+            f"mask got shape {tuple(mask.shape)} and {mask.dtype}, expected {expected} and torch.bool: True is valid."
+        )
+
+
+def _count(x: Tensor, mask: Tensor | None) -> int | Tensor:
+    """Values behind each statistic of the batch."""
+    if mask is not None:
+        return mask.sum()
+    return x.numel() // x.shape[1] if x.shape[1] else 0
+
+
+def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
+    """The Moments of this batch per channel, float64 and detached, in one pass over it.
+
+    Args:
+        x: (N, C, *), floating point, any memory order.
+        mask: (N, *) bool, True where a value is valid.
+    """
+    _check_mask(x, mask)
+    x = x.detach()
+    if _runs_composed(x, None):
+        _, mean, var = reference.compose(x, None, None, None, mask, 1.0, None)
+    else:
+        x, grouping = grouping_.batch(x)
+        flat = None if mask is None else mask.reshape(grouping.outer, grouping.inner)
+        mean, var = (OPS if ops.is_traced(x) else ops).moments(x, *grouping, flat)
+    return Moments(mean, var, _count(x, mask))
 
 
 def normalize_batch(
@@ -171,6 +204,7 @@ def normalize_batch(
     residual: Tensor | None = None,
     activation: str | None = None,
     mask: Tensor | None = None,
+    moments: Moments | None = None,
 ) -> tuple[Tensor, Moments]:
     """Normalise `x` with the statistics of this batch.
 
@@ -183,15 +217,23 @@ def normalize_batch(
         activation: None or one of `ACTIVATIONS`.
         mask: (N, *) bool, True where a value is valid. Padding enters no statistic; its output and gradient are zero,
             whatever it holds.
+        moments: those of this very batch, where the caller has them already (`steadynorm.functional.moments`): they are
+            not taken again. Gradients flow through them all the same.
 
     Returns: y (N, C, *) and the Moments of the batch per channel, float64 and detached.
 
     Source: Ioffe & Szegedy, Batch Normalization (2015), Algorithm 1.
     """
-    y, mean, var = _normalize(x, weight, bias, None, eps, residual, activation, mask)
-    count: int | Tensor = x.numel() // x.shape[1] if x.shape[1] else 0
-    if mask is not None:
-        count = mask.sum()
+    statistics = None
+    if moments is not None:
+        if moments.mean.shape != x.shape[1:2] or moments.var.shape != x.shape[1:2]:
+            raise InputError(
+                f"moments got shapes {tuple(moments.mean.shape)} and {tuple(moments.var.shape)}, expected"
+                f" {tuple(x.shape[1:2])} for both: give those of this batch."
+            )
+        statistics = moments.mean, moments.var
+    y, mean, var = _normalize(x, weight, bias, statistics, eps, residual, activation, mask, is_constant=False)
+    count = _count(x, mask) if moments is None else moments.count
     return y, Moments(mean.detach(), var.detach(), count)
 
 
@@ -213,7 +255,7 @@ def normalize_running(
 
     Returns: y (N, C, *).
     """
-    return _normalize(x, weight, bias, (mean, var), eps, residual, activation, mask)[0]
+    return _normalize(x, weight, bias, (mean, var), eps, residual, activation, mask, is_constant=True)[0]
 
 
 def update_running_(
