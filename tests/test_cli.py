@@ -343,12 +343,41 @@ class Bomb:
         (("doctor", "digits", "--fix", "weights.bin"), "weights.bin"),
         (("doctor", "digits", "--weights", "none.pt"), "none.pt"),
         (("explain", "SN999"), "SN999"),
+        (("lab", "digits", "--seeds", "many"), "--seeds got 'many': expected a whole number from 1 on."),
+        (("lab", "digits", "--seeds", "0"), "--seeds got '0': expected a whole number from 1 on."),
+        (("lab", "digits", "--steps", "1.5"), "--steps got '1.5': expected a whole number from 1 on."),
+        (("lab", "digits", "--workers=-1"), "--workers got '-1': expected a whole number from 1 on."),
+        (("lab", "digits", "--seeds"), "--seeds got no value"),
+        (("lab", "digits", "--seed", "3"), "lab has no option --seed (did you mean --seeds?)"),
+        (("lab", "digits", "--bogus", "3"), "lab has no option --bogus: steadynorm lab --help"),
+        (("lab", "digits", "--batch-sizes", "2,", "4"), "lab got more than it takes, '4'"),
+        (("doctor", "digits", "--batch-size", "x"), "--batch-size got 'x': expected a whole number from 1 on."),
+        (("doctor", "digits", "--seed", "-1"), "--seed got '-1': expected a whole number from 0 on."),
+        (("doctor", "digits", "--format", "pdf"), "--format got 'pdf': expected text, json or html."),
+        (("doctor", "digits", "--traceback=3"), "--traceback got a value"),
+        (("doctor",), "doctor got no RECIPE: expected a shipped recipe (digits), a .py file or a module."),
+        (("explain",), "explain got no CODE: expected the code of a rule, such as SN104."),
+        (("docter", "digits"), "there is no command 'docter' (did you mean doctor?): expected one of doctor, lab"),
+        (("nonsense",), "there is no command 'nonsense': expected one of doctor, lab"),
+        (("--bogus",), "steadynorm has no option --bogus: steadynorm --help"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_refused_in_one_sentence(tmp_path, monkeypatch, arguments, word):
     monkeypatch.chdir(tmp_path)
     assert word in refused(*arguments)
     assert os.listdir(tmp_path) == []
+
+
+def test_without_a_command_the_help_is_shown():
+    ended = ran()
+    assert ended.exit_code == 0
+    assert "doctor" in ended.stdout
+    assert ended.stdout.strip() == ran("--help").stdout.strip()
+
+
+def test_options_that_are_read_by_us_show_their_defaults():
+    shown = " ".join(ran("lab", "--help").stdout.replace("│", " ").split())
+    assert "How many times each cell is trained. [default: 3]" in shown
 
 
 @pytest.mark.parametrize(

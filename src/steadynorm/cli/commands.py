@@ -9,6 +9,7 @@ import typer
 
 import steadynorm
 from steadynorm.cli.output import CLEAN, FINDINGS, Format, output, say, worded, working, writing
+from steadynorm.cli.usage import Group, format_named, whole
 from steadynorm.errors import InputError
 from steadynorm.report import Block, Code, Document, Paragraph, Table, ensure_writable, terminal
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="steadynorm",
+    cls=Group,
     help="Find and repair the normalization faults of a PyTorch model, and see how it depends on the batch size.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -29,11 +30,19 @@ DEMO_NORMS = ("batch", "group", "layer", "none")
 DEMO_SEEDS = 3
 DEMO_STEPS = 80
 
-RecipeName = Annotated[str, typer.Argument(help="A shipped recipe (digits), a .py file or a module.")]
-FormatOption = Annotated[Format | None, typer.Option("--format", help="Text unless --out ends in .json or .html.")]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (digits), a .py file or a module.")]
+FormatOption = Annotated[
+    Format | None,
+    typer.Option(
+        "--format",
+        parser=format_named,
+        metavar="FORMAT",
+        help="text, json or html; text unless --out ends in .json or .html.",
+    ),
+]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result to this file.")]
 TracebackOption = Annotated[bool, typer.Option("--traceback", help="Show the whole traceback of an error.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Of the training and of the data.")]
+SeedOption = Annotated[int, typer.Option(parser=whole(0), metavar="NUMBER", help="Of the training and of the data.")]
 
 
 def main() -> None:
@@ -60,7 +69,7 @@ def doctor(
     weights: Annotated[Path | None, typer.Option(help="A .safetensors or .pt file for the recipe's model.")] = None,
     select: Annotated[str, typer.Option(help="Only these rules, or all that begin so: SN104,SN2.")] = "",
     ignore: Annotated[str, typer.Option(help="All but these rules.")] = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(parser=whole(1), metavar="NUMBER", help="Samples per batch.")] = 32,
     seed: SeedOption = 0,
     fix: Annotated[
         Path | None, typer.Option(help="Write the weights, safely repaired, to this .safetensors or .pt file.")
@@ -105,10 +114,17 @@ def lab(
     recipe: RecipeName,
     batch_sizes: Annotated[str, typer.Option(help="Whole numbers with commas between them.")] = "2,4,8,16,32,64",
     norms: Annotated[str, typer.Option(help="Any of batch, group, layer, none.")] = "batch,group,layer,none",
-    seeds: Annotated[int, typer.Option(min=1, help="How many times each cell is trained.")] = 3,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps at batch size 32.")] = None,
+    seeds: Annotated[
+        int, typer.Option(parser=whole(1), metavar="NUMBER", help="How many times each cell is trained.")
+    ] = 3,
+    steps: Annotated[
+        int | None, typer.Option(parser=whole(1), metavar="NUMBER", help="Training steps at batch size 32.")
+    ] = None,
     store: Annotated[Path | None, typer.Option(help="Where finished cells are kept.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; without it one per core, up to four.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(parser=whole(1), metavar="NUMBER", help="Processes; without it one per core, up to four."),
+    ] = None,
     format: FormatOption = None,
     out: OutOption = None,
     traceback: TracebackOption = False,
@@ -167,7 +183,7 @@ def run_lab(
 
 @app.command()
 def explain(
-    code: Annotated[str, typer.Argument(help="Of a rule: SN104.")],
+    code: Annotated[str, typer.Argument(metavar="CODE", help="The code of a rule, such as SN104.")],
     traceback: TracebackOption = False,
 ) -> None:
     """Say why a rule exists, with an example that it finds and one that it does not."""
