@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from steadynorm import functional
-from steadynorm.errors import InputError
+from steadynorm.errors import DegenerateStatisticsError, InputError
 from steadynorm.functional import batch_norm, normalize_batch, update_running_
 
 
@@ -37,6 +38,23 @@ def test_a_mask_that_leaves_nothing(backend):
     assert dx.eq(0).all()
     assert running_mean.eq(2).all()
     assert running_var.eq(3).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "cause"),
+    [((1, 4), "one sample, often"), ((1, 4, 1), "one sample with one position"), ((1, 4, 1, 1), "a pooling to 1x1")],
+)
+def test_one_value_per_channel_in_training_is_refused_as_in_torch(backend, shape, cause):
+    x, running_mean, running_var = torch.zeros(shape), torch.full((4,), 2.0), torch.full((4,), 3.0)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        F.batch_norm(x, running_mean.clone(), running_var.clone(), training=True)
+    expected = f"batch_norm expected more than one value per channel in training, got shape {shape}"
+    with pytest.raises(DegenerateStatisticsError, match=re.escape(expected) + f".*{cause}.*drop_last=True") as caught:
+        batch_norm(x, running_mean, running_var, training=True)
+    assert "training=False" in str(caught.value)
+    assert running_mean.eq(2).all()
+    assert running_var.eq(3).all()
+    assert torch.isfinite(batch_norm(x, running_mean, running_var)).all()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
