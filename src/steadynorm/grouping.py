@@ -7,6 +7,15 @@ contiguous runs) and `inner == 1` (groups are the columns of a matrix).
     batch           (N, C, *)          -> (N, C, L)
     batch           (N, *, C) memory   -> (N·L, C, 1)
     batch           (N, C)             -> (N, C, 1)
+
+Statistics within a sample need one more size on each side, since weights belong to channels and not to groups:
+`SampleGrouping`, `(samples, outer, groups, channels, inner)`, where one of outer and inner is 1.
+
+    layer           (*, D)             -> (rows, 1, 1, D, 1)
+    sample_groups   (N, C, *)          -> (N, 1, G, C/G, L)
+    sample_groups   (N, *, C) memory   -> (N, L, G, C/G, 1)
+    positions       (N, C, *)          -> (N, 1, 1, C, L), one statistic per position
+    positions       (N, *, C) memory   -> (N·L, 1, 1, C, 1)
 """
 
 import math
@@ -67,3 +76,78 @@ def batch(x: Tensor) -> tuple[Tensor, Grouping]:
     if is_channels_last(x):
         return x, Grouping(n * inner, c, 1)
     return x.contiguous(), Grouping(n, c, inner)
+
+
+class SampleGrouping(NamedTuple):
+    """Sizes of the `(samples, outer, groups, channels, inner)` view of dense memory.
+
+    The outer·channels·inner values of one (sample, group) share statistics; with `is_per_position` the channels of
+    one (sample, inner) do. Weights are indexed group·channels + channel, statistics sample·groups + group (or
+    sample·inner + position).
+    """
+
+    samples: int
+    outer: int
+    groups: int
+    channels: int
+    inner: int
+    is_per_position: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """The shape of the view."""
+        return self[:5]
+
+    @property
+    def values_per_group(self) -> int:
+        """Values per statistic."""
+        return self.channels if self.is_per_position else self.outer * self.channels * self.inner
+
+    @property
+    def statistics(self) -> int:
+        """How many statistics there are."""
+        return self.samples * (self.inner if self.is_per_position else self.groups)
+
+    @property
+    def statistics_shape(self) -> tuple[int, int, int, int, int]:
+        """The shape in which statistics meet the view."""
+        if self.is_per_position:
+            return self.samples, 1, 1, 1, self.inner
+        return self.samples, 1, self.groups, 1, 1
+
+    def view(self, x: Tensor) -> Tensor:
+        """`x` as the view: shares memory with every tensor that a constructor called dense."""
+        return (x.movedim(1, -1) if is_channels_last(x) else x).reshape(self.sizes)
+
+    def restore(self, y: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `view`: `y` in the shape and memory order of `like`."""
+        if is_channels_last(like):
+            return y.reshape(like.movedim(1, -1).shape).movedim(-1, 1)
+        return y.reshape(like.shape)
+
+
+def layer(x: Tensor, dims: int) -> tuple[Tensor, SampleGrouping]:
+    """The grouping over the last `dims` dimensions of `x`, one statistic per row; and `x`, contiguous."""
+    width = math.prod(x.shape[x.dim() - dims :])
+    return x.contiguous(), SampleGrouping(math.prod(x.shape[: x.dim() - dims]), 1, 1, width, 1)
+
+
+def sample_groups(x: Tensor, groups: int) -> tuple[Tensor, SampleGrouping]:
+    """The grouping of `x` (N, C, *) with one statistic per sample and group of neighbouring channels.
+
+    Returns: `x` itself where its memory is dense in one of the two layouts, else a contiguous copy; and its grouping.
+    """
+    n, c, *spatial = x.shape
+    inner = math.prod(spatial)
+    if is_channels_last(x):
+        return x, SampleGrouping(n, inner, groups, c // groups, 1)
+    return x.contiguous(), SampleGrouping(n, 1, groups, c // groups, inner)
+
+
+def positions(x: Tensor) -> tuple[Tensor, SampleGrouping]:
+    """The grouping of `x` (N, C, *) over its channels, one statistic per sample and position; as `sample_groups`."""
+    n, c, *spatial = x.shape
+    inner = math.prod(spatial)
+    if is_channels_last(x):
+        return x, SampleGrouping(n * inner, 1, 1, c, 1)
+    return x.contiguous(), SampleGrouping(n, 1, 1, c, inner, is_per_position=True)
