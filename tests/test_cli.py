@@ -232,6 +232,16 @@ def test_the_lab_stores_its_cells_and_skips_them_the_next_time(recipe, tmp_path)
     assert json.loads((tmp_path / "lab.json").read_text())["verdict"] == first["verdict"]
 
 
+def test_the_lab_takes_a_learning_rate_and_knows_rows_of_another_one(recipe, tmp_path):
+    command = ("lab", recipe(), *LAB, "--store", tmp_path / "rows.jsonl", "--format", "json")
+    own, other = (json.loads(ran(*command, *more).stdout) for more in ((), ("--lr", "0.5")))
+    assert own["budget"]["lr"] == load(str(recipe())).lr == 0.05
+    assert other["budget"]["lr"] == 0.5
+    assert {row["budget"]["lr"] for row in other["rows"]} == {0.5}
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 16
+    assert own["rows"][0]["numbers"] != other["rows"][0]["numbers"]
+
+
 def test_a_stopped_lab_goes_on_where_it_was(recipe, tmp_path):
     rows = tmp_path / "rows.jsonl"
     arguments = [
@@ -347,6 +357,9 @@ class Bomb:
         (("lab", "digits", "--seeds", "0"), "--seeds got '0': expected a whole number from 1 on."),
         (("lab", "digits", "--steps", "1.5"), "--steps got '1.5': expected a whole number from 1 on."),
         (("lab", "digits", "--workers=-1"), "--workers got '-1': expected a whole number from 1 on."),
+        (("lab", "digits", "--lr", "fast"), "--lr got 'fast': expected a number above 0, such as 0.05."),
+        (("lab", "digits", "--lr", "-0.1"), "--lr got '-0.1': expected a number above 0"),
+        (("lab", "digits", "--lr", "nan"), "--lr got 'nan': expected a number above 0"),
         (("lab", "digits", "--seeds"), "--seeds got no value"),
         (("lab", "digits", "--seed", "3"), "lab has no option --seed (did you mean --seeds?)"),
         (("lab", "digits", "--bogus", "3"), "lab has no option --bogus: steadynorm lab --help"),

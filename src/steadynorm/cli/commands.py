@@ -9,7 +9,7 @@ import typer
 
 import steadynorm
 from steadynorm.cli.output import CLEAN, FINDINGS, Format, output, say, worded, working, writing
-from steadynorm.cli.usage import Group, format_named, whole
+from steadynorm.cli.usage import Group, format_named, positive, whole
 from steadynorm.errors import InputError
 from steadynorm.report import Block, Code, Document, Paragraph, Table, ensure_writable, terminal
 
@@ -120,6 +120,10 @@ def lab(
     steps: Annotated[
         int | None, typer.Option(parser=whole(1), metavar="NUMBER", help="Training steps at batch size 32.")
     ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(parser=positive, metavar="NUMBER", help="Learning rate at batch size 32; else the recipe's."),
+    ] = None,
     store: Annotated[Path | None, typer.Option(help="Where finished cells are kept.")] = None,
     workers: Annotated[
         int | None,
@@ -146,6 +150,7 @@ def lab(
             seeds=seeds,
             store=kept,
             steps=steps,
+            lr=lr,
             workers=workers,
         )
         document = study.document()
@@ -161,6 +166,7 @@ def run_lab(
     seeds: int,
     store: Path,
     steps: int | None = None,
+    lr: float | None = None,
     workers: int | None = None,
 ) -> "Study":
     """Run the lab under a progress bar with its own estimate of the time left: small batches take longer."""
@@ -176,6 +182,7 @@ def run_lab(
             seeds=seeds,
             store=store,
             steps=steps or DEFAULT_STEPS,
+            lr=lr,
             workers=workers,
             on_progress=lambda at: advance(at.done, at.total, at.seconds_left),
         )
