@@ -1,9 +1,28 @@
 """Normalization as functions: autograd over the kernels, one file a family.
 
 batch     moments, normalize_batch, normalize_running, update_running_, batch_norm
+group     group_norm                   sample    what these four share: statistics within a sample
+instance  instance_norm                shapes    what they say about a tensor they cannot take
+layer     layer_norm
+rms       rms_norm
 """
 
 from steadynorm.functional.batch import batch_norm, moments, normalize_batch, normalize_running, update_running_
+from steadynorm.functional.group import group_norm
+from steadynorm.functional.instance import instance_norm
+from steadynorm.functional.layer import layer_norm
+from steadynorm.functional.rms import rms_norm
 from steadynorm.kernels import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "batch_norm", "moments", "normalize_batch", "normalize_running", "update_running_"]
+__all__ = [
+    "ACTIVATIONS",
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "moments",
+    "normalize_batch",
+    "normalize_running",
+    "rms_norm",
+    "update_running_",
+]

@@ -3,13 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
 
 from steadynorm.errors import BackendError, InputError
-from steadynorm.kernels import numba_cpu, reference
+from steadynorm.grouping import SampleGrouping
+from steadynorm.kernels import numba_cpu, reference, reference_sample
 
 BACKENDS = ("numba", "reference")
 
@@ -64,3 +68,23 @@ def choose(x: Tensor, *, masked: bool = False) -> ModuleType:
     if forced is not None:
         raise BackendError(f"backend 'numba' was asked for and cannot take this tensor: {reason}.")
     return reference
+
+
+@cache
+def _numba_sample() -> ModuleType | None:
+    name = "steadynorm.kernels.numba_sample"
+    return import_module(name) if find_spec(name) is not None else None
+
+
+def choose_sample(x: Tensor, grouping: SampleGrouping, *, masked: bool = False) -> ModuleType:
+    """`choose`, for normalization within a sample."""
+    forced = _forced.get()
+    if forced == "reference":
+        return reference_sample
+    compiled = _numba_sample()
+    reason = "its kernels are not here" if compiled is None else compiled.why_not(x, grouping, masked=masked)
+    if compiled is not None and not reason:
+        return compiled
+    if forced is not None:
+        raise BackendError(f"backend 'numba' was asked for and cannot take this tensor: {reason}.")
+    return reference_sample

@@ -37,7 +37,7 @@ def compose_sample(
         weight, bias: (groups·channels,).
         mask: (samples, outer·inner), True where a value is valid.
 
-    Returns: y in the shape and dtype of x; mean and var (of each statistic).
+    Returns: y in the shape of x and the dtype of x + residual; mean and var, one of each statistic.
     """
     values = x.reshape(grouping.sizes).to(compute_dtype(x))
     valid = _spread_mask(mask, grouping)
@@ -49,7 +49,8 @@ def compose_sample(
     y = z if activation is None else ACTIVATIONS[activation](z)
     if valid is not None:
         y = torch.where(valid, y, 0)
-    return y.to(x.dtype).reshape(x.shape), mean.flatten(), var.flatten()
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return y.to(dtype).reshape(x.shape), mean.flatten(), var.flatten()
 
 
 def _spread_mask(mask: Tensor | None, grouping: SampleGrouping) -> Tensor | None:
@@ -126,7 +127,7 @@ def _before_activation(
     if bias is not None:
         z = z + _per_channel(bias, grouping, z)
     if residual is not None:
-        z = z + residual.reshape(grouping.sizes).to(z.dtype)
+        z = z + residual.reshape(grouping.sizes).to(torch.promote_types(z.dtype, residual.dtype))
     return z
 
 

@@ -1,0 +1,91 @@
+"""Group normalization: statistics of a group of channels within one sample."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from steadynorm import grouping as grouping_
+from steadynorm.functional import shapes
+from steadynorm.functional.sample import Settings, normalize_sample, under_autocast
+from steadynorm.kernels import ACTIVATIONS
+
+
+def within_groups(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (N, C, *), and mean and biased variance (N, num_groups), detached."""
+    dense, grouping = grouping_.sample_groups(x, num_groups)
+    settings = Settings(grouping, eps, activation)
+    y, _, mean, var = normalize_sample(dense, weight, bias, settings, residual=residual, mask=mask)
+    return y, mean.reshape(x.shape[0], num_groups), var.reshape(x.shape[0], num_groups)
+
+
+def normalize_groups(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`group_norm` without its checks."""
+    x = under_autocast(x)
+    if torch.compiler.is_exporting() and mask is None:
+        return finish(F.group_norm(x, num_groups, weight, bias, eps), residual, activation)
+    return within_groups(x, num_groups, weight, bias, eps=eps, residual=residual, activation=activation, mask=mask)[0]
+
+
+def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor:
+    """activation(y + residual), in PyTorch's own operators: for graphs that leave PyTorch."""
+    y = y if residual is None else y + residual
+    return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Group normalization with the signature of `torch.nn.functional.group_norm`, and what it lacks.
+
+    y = activation(weight · (x − mean) / sqrt(var + eps) + bias + residual)
+
+    Args:
+        x: (N, C, *), floating point, any memory order; channels-last stays channels-last.
+        num_groups: how many groups of neighbouring channels; divides C.
+        weight, bias: (C,) or None.
+        eps: added to the variance, in its unit.
+        residual: (N, C, *), added before the activation.
+        activation: None or one of `ACTIVATIONS`.
+        mask: (N, *) bool, True where a value is valid. Padding enters no statistic; its output and gradient are zero,
+            whatever it holds.
+
+    Returns: y (N, C, *).
+
+    Source: Wu & He, Group Normalization (2018), eq. 1 to 7.
+    """
+    shapes.check_channels(_who, x, num_groups, weight, bias)
+    shapes.check_eps(_who, eps)
+    shapes.check_extras(_who, x, residual, activation, mask)
+    return normalize_groups(x, num_groups, weight, bias, eps=eps, residual=residual, activation=activation, mask=mask)
+
+
+def _who() -> str:
+    return "group_norm"

@@ -1,0 +1,109 @@
+"""What the normalizations within a sample say about a tensor they cannot take.
+
+Every check is given `who`, which says how to call the caller, and is asked only when there is something to say.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from steadynorm.errors import DegenerateStatisticsError, InputError
+from steadynorm.kernels import ACTIVATIONS
+
+Who = Callable[[], str]
+
+
+def check_eps(who: Who, eps: float | None) -> None:
+    """Raise InputError for a negative eps, or one that is not a number."""
+    if eps is not None and not eps >= 0:
+        raise InputError(f"{who()}: eps must not be negative, got {eps}.")
+
+
+def check_last(who: Who, x: Tensor, shape: tuple[int, ...], *affine: Tensor | None) -> None:
+    """Raise InputError where `x` is not a floating-point tensor whose last dimensions are `shape`, as are `affine`."""
+    if not shape:
+        raise InputError(f"{who()} expected a normalized_shape of at least one dimension, got none.")
+    _check_float(who, x)
+    if tuple(x.shape[-len(shape) :]) != shape:
+        raise InputError(
+            f"{who()} expected last dimensions {shape}, got shape {tuple(x.shape)}: {_advice_for_last(x, shape)}."
+        )
+    for name, tensor in zip(("weight", "bias"), affine, strict=False):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise InputError(f"{who()} expected a {name} of shape {shape}, got {tuple(tensor.shape)}.")
+
+
+def _advice_for_last(x: Tensor, shape: tuple[int, ...]) -> str:
+    if len(shape) == 1 and x.dim() > 2 and x.shape[1] == shape[0]:
+        return "for channels in dimension 1 use ChannelLayerNorm, or move them with x.movedim(1, -1)"
+    return f"construct it with normalized_shape={tuple(x.shape[-len(shape) :])}"
+
+
+def check_width(who: Who, width: int) -> None:
+    """Raise DegenerateStatisticsError where a statistic with a mean is of a single value."""
+    if width == 1:
+        raise DegenerateStatisticsError(
+            f"{who()} expected more than one value per statistic, got a normalized shape of one value, whose variance"
+            " is zero and whose output would be the bias: normalise over more, or use an identity."
+        )
+
+
+def check_channels(who: Who, x: Tensor, num_groups: int, *affine: Tensor | None) -> None:
+    """Raise where `x` is not (N, C, *) with channels for `num_groups` groups, several values each."""
+    if x.dim() < 2:
+        raise InputError(f"{who()} expected (N, C, *), got {tuple(x.shape)}: one sample needs x.unsqueeze(0).")
+    _check_float(who, x)
+    channels = x.shape[1]
+    check_groups(who, num_groups, channels)
+    for name, tensor in zip(("weight", "bias"), affine, strict=False):
+        if tensor is not None and tuple(tensor.shape) != (channels,):
+            raise InputError(f"{who()} expected a {name} of shape ({channels},), got {tuple(tensor.shape)}.")
+    check_several(who, x, channels // num_groups * math.prod(x.shape[2:]))
+
+
+def check_groups(who: Who, num_groups: int, channels: int) -> None:
+    """Raise InputError where `num_groups` groups of one size cannot be made of the channels."""
+    if num_groups < 1 or channels % num_groups:
+        divisors = [str(d) for d in range(1, channels + 1) if channels % d == 0]
+        raise InputError(
+            f"{who()} expected a number of groups that divides {channels} channels, got {num_groups}: take one of"
+            f" {', '.join(divisors)}."
+        )
+
+
+def check_several(who: Who, x: Tensor, values: int) -> None:
+    """Raise DegenerateStatisticsError where a statistic within a sample is of a single value."""
+    if values == 1 and x.shape[0]:
+        raise DegenerateStatisticsError(
+            f"{who()} expected more than one value per sample and group, got shape {tuple(x.shape)} with one, whose"
+            " variance is zero and whose output would be the bias: use fewer groups, larger inputs, or an identity"
+            " here."
+        )
+
+
+def check_extras(who: Who, x: Tensor, residual: Tensor | None, activation: str | None, mask: Tensor | None) -> None:
+    """Raise InputError for a residual, an activation or a mask that does not go with `x` (N, C, *)."""
+    check_same_shape(who, "residual", residual, x)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise InputError(f"{who()}: activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+    expected = (x.shape[0], *x.shape[2:])
+    if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != expected):
+        raise InputError(
+            f"{who()} expected a mask {expected} of torch.bool, True where a value is valid, got {tuple(mask.shape)}"
+            f" of {mask.dtype}."
+        )
+
+
+def check_same_shape(who: Who, name: str, tensor: Tensor | None, x: Tensor) -> None:
+    """Raise InputError where a tensor that is added to `x` has another shape."""
+    if tensor is not None and tensor.shape != x.shape:
+        raise InputError(
+            f"{who()} expected {name} in the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}: expand it first."
+        )
+
+
+def _check_float(who: Who, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise InputError(f"{who()} expected a floating-point tensor, got {x.dtype}: convert it with x.float().")
