@@ -145,6 +145,10 @@ def test_a_study_shows_itself(written, store):
     chart, table = document.blocks[:2]
     assert [series.name for series in chart.series] == ["batch norm", "group norm"]
     assert chart.log_x
+    assert (chart.note, chart.spread) == (
+        "Mean over 3 seeds.",
+        "The bars at the points reach from the lowest seed to the highest.",
+    )
     for series in chart.series:
         assert all(low <= y <= high for low, y, high in zip(series.low, series.y, series.high, strict=True))
     assert [row[:2] for row in table.rows] == [

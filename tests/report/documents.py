@@ -55,6 +55,7 @@ STUDY = Document(
             ),
             log_x=True,
             note="Mean of 3 seeds.",
+            spread="Bars at the points: lowest and highest seed.",
         ),
         Table("Cells", ("norm", "batch size", "accuracy"), (("batch", 2, 0.5), ("batch", 4, 0.75), ("none", 8, None))),
     ),
@@ -66,6 +67,6 @@ def hostile() -> Document:
     """A document in which every string is one that would break a careless renderer."""
     text = " ".join(HOSTILE)
     table = Table(text, (text, "n"), ((text, 1),), note=text)
-    chart = Chart(text, text, text, (Series(text, (text,), (1.0,)),), kind="bar", note=text)
+    chart = Chart(text, text, text, (Series(text, (text,), (1.0,)),), kind="bar", note=text, spread=text)
     card = Card("error", text, text, text, text, ((text, text),), fix=text)
     return Document(text, text, "error", (Heading(text), Paragraph(text), Code(text), table, chart, card), {text: text})

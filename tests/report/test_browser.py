@@ -43,6 +43,8 @@ def test_charts_are_drawn_without_errors_or_requests(tmp_path):
     assert messages == []
     assert dom.count('<div class="plot-container') == 3
     assert len(re.findall(r'<g class="trace scatter', dom)) == 2
+    # What the note of the chart calls bars are error bars: one at each of the five points that have a value.
+    assert len(re.findall(r'<path class="yerror', dom)) == 5
     assert "<title>A report</title>" in dom
 
 

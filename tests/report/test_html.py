@@ -1,11 +1,13 @@
 import json
 import re
 from html.parser import HTMLParser
+from io import StringIO
 from itertools import pairwise
 
 import pytest
+from rich.console import Console
 
-from steadynorm.report import Document, html
+from steadynorm.report import Document, html, terminal
 from tests.report.documents import FINDINGS, HOSTILE, STUDY, hostile
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -47,6 +49,14 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def page():
     return Page(html.render([FINDINGS, STUDY], "A report"))
+
+
+def test_the_spread_is_explained_where_it_is_drawn_and_not_in_the_terminal(page):
+    assert "Mean of 3 seeds. Bars at the points: lowest and highest seed." in page.texts
+    stream = StringIO()
+    terminal.show(STUDY, Console(file=stream, width=100))
+    assert "Mean of 3 seeds." in stream.getvalue()
+    assert "Bars" not in stream.getvalue()
 
 
 def test_the_page_is_well_formed_and_has_the_numbers(page):

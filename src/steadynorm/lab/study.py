@@ -77,8 +77,13 @@ class Study:
                 )
             )
         seeds = self.verdict.seeds
-        note = f"Mean over {seeds} seeds; the band is from the lowest to the highest." if seeds > 1 else "One seed."
-        return Chart(f"Test {metric} by batch size", "batch size", metric, series, log_x=True, note=note)
+        note, spread = "One seed.", ""
+        if seeds > 1:
+            note, spread = (
+                f"Mean over {seeds} seeds.",
+                "The bars at the points reach from the lowest seed to the highest.",
+            )
+        return Chart(f"Test {metric} by batch size", "batch size", metric, series, log_x=True, note=note, spread=spread)
 
     def _table(self, curves: Sequence[Curve]) -> Table:
         metric, sign = metric_of(self.rows), self._sign()

@@ -96,6 +96,10 @@ class Series:
 class Chart:
     """Series over one pair of axes, as lines or as bars.
 
+    Args:
+        note: below the chart, in words that hold for every renderer.
+        spread: what the bars at the points are, for renderers that draw `low` and `high`; the terminal does not.
+
     Raises:
         ValueError: no series.
     """
@@ -107,6 +111,7 @@ class Chart:
     kind: Literal["line", "bar"] = "line"
     log_x: bool = False
     note: str = ""
+    spread: str = ""
 
     def __post_init__(self) -> None:
         if not self.series:
