@@ -87,8 +87,7 @@ def run(
     about = {"machine": machine.describe()}
     for cell, outcome in _execute(recipe, missing, budget, tracker.workers):
         row = {**_blank(recipe, cell, budget), **vars(outcome), "finished": datetime.now(UTC).isoformat(), **about}
-        kept.append(row)
-        done[key(row)] = row
+        done[key(row)] = kept.append(row)
         tracker.finished(cell, outcome)
     return Study(recipe.name, budget, tuple(done[name] for name in blanks))
 

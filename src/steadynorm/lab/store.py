@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from steadynorm.errors import InputError
 
@@ -47,8 +47,10 @@ class Store:
         """The last row of every measurement by its key."""
         return {key(row): row for row in self.rows()}
 
-    def append(self, row: Row) -> None:
+    def append(self, row: Row) -> Row:
         """Add a row; it is on the disk when this returns.
+
+        Returns: the row as `rows` will give it.
 
         Raises:
             OSError: the disk is full or the file cannot be written.
@@ -64,6 +66,7 @@ class Store:
             os.fsync(file)
         finally:
             os.close(file)
+        return cast(Row, json.loads(line))
 
     def _read(self) -> Iterator[Row]:
         try:
