@@ -4,8 +4,7 @@ A layer holds settings and calls the functional. It is a subclass of the torch.n
 parameters, buffers and state_dict; `switches` says what decides which statistics it uses and whether they move.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,25 +13,27 @@ from steadynorm import functional
 from steadynorm.errors import DegenerateStatisticsError, InputError
 from steadynorm.layers import checks, portable
 from steadynorm.layers.finite import require_finite
+from steadynorm.layers.running import Running, WideStatistics, update_
 from steadynorm.layers.switches import Switches
 from steadynorm.moments import Moments
 
 Guard = Literal["skip", "raise", "propagate"]
 SingleValue = Literal["error", "running"]
 
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "activation": (None, *functional.ACTIVATIONS),
-    "guard": ("skip", "raise", "propagate"),
-    "single_value": ("error", "running"),
-    "normalize_by": (None, "batch", "running"),
-    "update_running": (None, True, False),
-}
 
+class BatchNorm(WideStatistics, Switches):
+    """What the batch normalizations of every rank share, and the relatives over the batch; see `BatchNorm2d`."""
 
-class BatchNorm(Switches):
-    """What the batch normalizations of every rank share; see `BatchNorm2d`."""
-
-    ranks: tuple[int, ...] = ()
+    ranks: ClassVar[tuple[int, ...]] = ()
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "activation": (None, *functional.ACTIVATIONS),
+        "guard": ("skip", "raise", "propagate"),
+        "single_value": ("error", "running"),
+        "normalize_by": (None, "batch", "running"),
+        "update_running": (None, True, False),
+    }
+    # Shown by repr where they are not at their default, which stands on the class.
+    shown: ClassVar[tuple[str, ...]] = ("activation", "guard", "single_value")
     activation: str | None = None
     guard: Guard = "skip"
     single_value: SingleValue = "error"
@@ -88,29 +89,50 @@ class BatchNorm(Switches):
             NonFiniteStatisticsError: the statistics of the batch are not finite, with ``guard="raise"``.
         """
         if isinstance(input, torch.fx.Proxy):
-            return _as_leaf(self, input, residual=residual, mask=mask, lengths=lengths)
+            return as_leaf(self, input, residual=residual, mask=mask, lengths=lengths)
+        mask = self._checked(input, mask, lengths)
+        return self._normalize(input, residual, mask, self._running(), self.weight, self.bias)
+
+    def _checked(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+        """The mask that the call means, after a look at the settings and at everything it brings."""
         self._check_settings()
-        self._check_input_dim(input)
-        mask = self._valid(input, mask, lengths)
-        running = self._running()
-        by_batch, updates = self._decide(input, running is not None)
-        weight, bias = self._trained(self.weight), self._trained(self.bias)
+        self._check_input_dim(x)
+        return checks.valid(self, x, mask, lengths)
+
+    def _normalize(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        running: Running | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """One batch against one set of running statistics: normalise by what the switches say, and remember."""
+        by_batch, updates = self._decide(x, running is not None)
+        weight, bias = self._trained(weight), self._trained(bias)
         extras: dict[str, Any] = {"eps": self.eps, "residual": residual, "activation": self.activation, "mask": mask}
         if by_batch or running is None:
-            y, moments = functional.normalize_batch(input, weight, bias, **extras)
+            y, moments = self._by_batch(x, running, weight, bias, extras)
         else:
             # A graph that leaves PyTorch is not to need our operators.
             normalize = portable if torch.compiler.is_exporting() else functional
-            y = normalize.normalize_running(input, *running, weight, bias, **extras)
+            y = normalize.normalize_running(x, running.mean, running.var, weight, bias, **extras)
             if updates:
-                moments = functional.normalize_batch(input.detach(), mask=mask)[1]
+                moments = functional.moments(x, mask)
         if updates and running is not None:
             self._remember(running, moments)
         return y
 
-    def _running(self) -> tuple[Tensor, Tensor] | None:
+    def _by_batch(
+        self, x: Tensor, running: Running | None, weight: Tensor | None, bias: Tensor | None, extras: dict[str, Any]
+    ) -> tuple[Tensor, Moments]:
+        """y by the statistics of `x`, and what is to be remembered of it. A relative is another version of this."""
+        return functional.normalize_batch(x, weight, bias, **extras)
+
+    def _running(self) -> Running | None:
         mean, var = self.running_mean, self.running_var
-        return None if mean is None or var is None else (mean, var)
+        return None if mean is None or var is None else Running(mean, var, self.num_batches_tracked)
 
     def _decide(self, x: Tensor, has_running: bool) -> tuple[bool, bool]:
         """Whether this call normalises by its batch, and whether the running statistics move."""
@@ -133,43 +155,20 @@ class BatchNorm(Switches):
         # Fewer than two values say nothing about a variance.
         return by_batch, updates and has_running and values > 1
 
-    def _remember(self, running: tuple[Tensor, Tensor], moments: Moments) -> None:
-        if isinstance(moments.count, Tensor):
-            # One valid value is as good as none. How many a mask leaves, only the device knows.
-            enough = torch.where(moments.count > 1, moments.count, 0)
-            moments = Moments(moments.mean, moments.var, enough)
+    def _remember(self, running: Running, moments: Moments) -> None:
         # Inside a functional transform there is no one value to look at; functional.update_running_ steps aside too.
         if self.guard == "raise" and not torch._C._are_functorch_transforms_active():
             if torch.compiler.is_compiling():
-                torch.ops.steadynorm.require_finite(moments.mean, moments.var, running[0], checks.name(self))
+                torch.ops.steadynorm.require_finite(moments.mean, moments.var, running.mean, checks.name(self))
             else:
                 require_finite(moments.mean, moments.var, lambda: checks.name(self))
-        functional.update_running_(
-            *running,
-            moments,
-            self.momentum,
-            num_batches_tracked=self.num_batches_tracked,
-            guard=self.guard != "propagate",
-        )
-
-    def _valid(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
-        if mask is not None and lengths is not None:
-            raise InputError(f"{checks.name(self)} got both mask and lengths, expected one: lengths are a mask.")
-        if lengths is not None:
-            return checks.mask_from(self, lengths, x)
-        if mask is not None:
-            checks.check_mask(self, mask, x)
-        return mask
+        update_(running, moments, self.momentum, guard=self.guard != "propagate")
 
     def _check_input_dim(self, input: Tensor) -> None:
         checks.check_input(self, input, self.ranks, self.num_features)
 
     def _check_settings(self) -> None:
-        for setting, choices in CHOICES.items():
-            value = getattr(self, setting)
-            if value not in choices:
-                listed = ", ".join(repr(choice) for choice in choices)
-                raise InputError(f"{checks.name(self)}: {setting} must be one of {listed}, got {value!r}.")
+        checks.check_choices(self, self.choices)
         if not self.eps > 0:
             raise InputError(f"{checks.name(self)}: eps must be positive, got {self.eps}.")
         if self.momentum is not None and not 0 <= self.momentum <= 1:
@@ -181,40 +180,15 @@ class BatchNorm(Switches):
     def extra_repr(self) -> str:
         """What torch.nn shows, and every setting of ours that is not at its default."""
         shown = super().extra_repr()
-        for setting in ("activation", "guard", "single_value"):
-            if getattr(self, setting) != getattr(BatchNorm, setting):
+        for setting in self.shown:
+            if getattr(self, setting) != getattr(type(self), setting):
                 shown += f", {setting}={getattr(self, setting)!r}"
         for switch, value in self.switches().items():
             shown += f", {switch}={value!r}"
         return shown
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name] if old is not None else None
-            if old is not None and new is not None and _is_narrow(new):
-                # Where the move goes, without the rounding.
-                self._buffers[name] = old.to(new.device, torch.float32)
-        return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._widen_statistics()
-
-    def _widen_statistics(self) -> None:
-        """Running statistics below float32 stop moving: a step of momentum · difference is lost in the rounding."""
-        for name in ("running_mean", "running_var"):
-            buffer = self._buffers.get(name)
-            if buffer is not None and _is_narrow(buffer):
-                self._buffers[name] = buffer.float()
-
-
-def _is_narrow(x: Tensor) -> bool:
-    return x.is_floating_point() and torch.finfo(x.dtype).bits < 32
-
-
-def _as_leaf(layer: nn.Module, x: Any, **kwargs: Any) -> Any:
+def as_leaf(layer: nn.Module, x: Any, **kwargs: Any) -> Any:
     """One node for the whole layer in a graph that torch.fx traces, as torch.nn's own layers get."""
     given = {key: value for key, value in kwargs.items() if value is not None}
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(layer), (x,), given)

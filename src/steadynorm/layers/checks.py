@@ -1,6 +1,8 @@
 """What a layer says about a tensor it cannot take, and the mask that lengths stand for."""
 
+import re
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +44,42 @@ def check_input(module: nn.Module, x: Tensor, ranks: tuple[int, ...], channels: 
 def _about_rank(module: nn.Module, x: Tensor, ranks: tuple[int, ...]) -> str:
     expected = " or ".join(SHAPES[rank] for rank in ranks)
     if x.dim() in LAYER_FOR:
-        advice = f"use {LAYER_FOR[x.dim()]} for {SHAPES[x.dim()]}"
+        advice = f"use {_sibling(module, x.dim())} for {SHAPES[x.dim()]}"
         if x.dim() + 1 in ranks:
             advice += ", or x.unsqueeze(0) for one sample"
     else:
         advice = "one sample needs x.unsqueeze(0)" if x.dim() + 1 in ranks else "reshape it"
     return f"{name(module)} expected {expected}, got {tuple(x.shape)}: {advice}."
+
+
+def _sibling(module: nn.Module, rank: int) -> str:
+    """The class of the family of `module` that takes `rank` dimensions; BatchNorm's where the family has none."""
+    family = next((cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith(__package__)), "")
+    sibling = re.sub(r"\dd$", LAYER_FOR[rank][-2:], family).removeprefix("Lazy")
+    return sibling if hasattr(sys.modules[__package__], sibling) else LAYER_FOR[rank]
+
+
+_sibling._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check_choices(module: nn.Module, choices: dict[str, tuple[Any, ...]]) -> None:
+    """Raise InputError where an attribute of `module` is none of its `choices`."""
+    for setting, allowed in choices.items():
+        value = getattr(module, setting)
+        if value not in allowed:
+            listed = ", ".join(repr(choice) for choice in allowed)
+            raise InputError(f"{name(module)}: {setting} must be one of {listed}, got {value!r}.")
+
+
+def valid(module: nn.Module, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """The mask that a call means by `mask` or `lengths`; InputError where it cannot be one."""
+    if mask is not None and lengths is not None:
+        raise InputError(f"{name(module)} got both mask and lengths, expected one: lengths are a mask.")
+    if lengths is not None:
+        return mask_from(module, lengths, x)
+    if mask is not None:
+        check_mask(module, mask, x)
+    return mask
 
 
 def mask_from(module: nn.Module, lengths: Tensor, x: Tensor) -> Tensor:

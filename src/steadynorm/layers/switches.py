@@ -13,7 +13,7 @@ are those of torch.nn. Loading sets what the metadata names and nothing else: a 
 from typing import Any, Literal, Self
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from steadynorm.errors import InputError
 from steadynorm.layers.checks import name
@@ -23,8 +23,8 @@ METADATA = "steadynorm"
 """Key of the switches in the metadata of a layer in a state_dict."""
 
 
-class Switches(TorchBatchNorm):
-    """A batch normalization of torch.nn with switches."""
+class Switches(_NormBase):
+    """A normalization of torch.nn that has running statistics, with switches."""
 
     # Defaults stand on the class: a torch.nn layer whose __class__ is set to ours, or an old pickle, has them too.
     normalize_by: Literal["batch", "running"] | None = None
@@ -90,7 +90,7 @@ class Switches(TorchBatchNorm):
         super().reset_parameters()
         super().reset_running_stats()
 
-    def _trained(self, parameter: nn.Parameter | None) -> Tensor | None:
+    def _trained(self, parameter: Tensor | None) -> Tensor | None:
         """`parameter`, out of reach of gradients where weight and bias do not train."""
         return parameter if parameter is None or self._train_affine else parameter.detach()
 
