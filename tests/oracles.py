@@ -252,3 +252,74 @@ def batch_norm(
         return backward(dy, ahead, weight=weight, activation=activation, mask=mask, is_given=not training)
 
     return Expectation(ahead, running_mean, running_var, gradients)
+
+
+@dataclass(frozen=True)
+class WeightExpectation:
+    """A weight computed from others, and the gradients of Σ dweight · weight, one for each of them."""
+
+    weight: Array
+    gradients: Callable[[Array], tuple[Array, ...]]
+
+
+def _but(dim: int | None, ndim: int) -> tuple[int, ...]:
+    return tuple(d for d in range(ndim) if d != dim)
+
+
+def weight_norm(g: Array, v: Array, *, dim: int | None = 0, eps: float = 1e-12) -> WeightExpectation:
+    """g · v / ‖v‖ over all dimensions but `dim`; zero, with zero gradients, where ‖v‖ is at most eps.
+
+    dg = Σ dw · v / ‖v‖;  dv = g / ‖v‖ · (dw − v · Σ dw·v / ‖v‖²)
+    """
+    axes = _but(dim, v.ndim)
+    length = np.sqrt((v**2).sum(axis=axes, keepdims=True))
+    is_long = length > eps
+    safe = np.where(is_long, length, 1.0)
+    unit = np.where(is_long, v / safe, 0.0)
+
+    def gradients(dw: Array) -> tuple[Array, ...]:
+        along = (dw * unit).sum(axis=axes, keepdims=True)
+        dv = np.where(is_long, g.reshape(length.shape) / safe * (dw - unit * along), 0.0)
+        return along.reshape(g.shape), dv
+
+    return WeightExpectation(g.reshape(length.shape) * unit, gradients)
+
+
+def weight_standardization(
+    v: Array, gain: Array | None = None, *, constant: float = 1.0, eps: float = 1e-6
+) -> WeightExpectation:
+    """(v − mean) / sqrt(var + eps) per output, times gain · constant / sqrt(fan_in) where there is a gain."""
+    axes = _but(0, v.ndim)
+    fan_in = v[0].size
+    centred = v - v.mean(axis=axes, keepdims=True)
+    invstd = 1.0 / np.sqrt((centred**2).mean(axis=axes, keepdims=True) + eps)
+    standard = centred * invstd
+    scale = np.ones((v.shape[0], *(1,) * (v.ndim - 1)))
+    if gain is not None:
+        scale = gain.reshape(scale.shape) * constant / math.sqrt(fan_in)
+
+    def gradients(dw: Array) -> tuple[Array, ...]:
+        inside = dw * scale
+        along = (inside * standard).mean(axis=axes, keepdims=True)
+        dv = invstd * (inside - inside.mean(axis=axes, keepdims=True) - standard * along)
+        if gain is None:
+            return (dv,)
+        return dv, (dw * standard).sum(axis=axes) * constant / math.sqrt(fan_in)
+
+    return WeightExpectation(standard * scale, gradients)
+
+
+def spectral_norm(v: Array, *, dim: int = 0) -> WeightExpectation:
+    """v / σ, σ the largest singular value of v as (dim, everything else), by a singular value decomposition.
+
+    dv = dw / σ − (Σ dw·v / σ²) · u₁ ⊗ v₁
+    """
+    matrix = np.moveaxis(v, dim, 0).reshape(v.shape[dim], -1)
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    sigma = float(values[0])
+
+    def gradients(dw: Array) -> tuple[Array, ...]:
+        direction = np.outer(left[:, 0], right[0]).reshape(np.moveaxis(v, dim, 0).shape)
+        return (dw / sigma - (dw * v).sum() / sigma**2 * np.moveaxis(direction, 0, dim),)
+
+    return WeightExpectation(v / sigma, gradients)

@@ -19,6 +19,11 @@ if typing.TYPE_CHECKING:
     from steadynorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
     from steadynorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
     from steadynorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
+    from steadynorm.layers import initialize_weight_norm_ as initialize_weight_norm_
+    from steadynorm.layers import make_plain as make_plain
+    from steadynorm.layers import spectral_norm as spectral_norm
+    from steadynorm.layers import weight_norm as weight_norm
+    from steadynorm.layers import weight_standardization as weight_standardization
 
 __version__ = "0.1.0.dev0"
 
@@ -35,15 +40,22 @@ __all__ = [
     "errors",
     "examine",
     "functional",
+    "initialize_weight_norm_",
     "keep_freed_memory",
     "lab",
     "layers",
+    "make_plain",
     "repair",
+    "spectral_norm",
+    "weight_norm",
+    "weight_standardization",
 ]
 
 # Where a name lives; it is imported when it is first asked for. A name that is not here is a submodule.
 _HOMES = {"backend": "kernels", "keep_freed_memory": "kernels.cpu.memory", "examine": "doctor", "repair": "doctor"}
 _HOMES |= {name: "layers" for name in __all__ if name[0].isupper()}
+_ON_WEIGHTS = ("initialize_weight_norm_", "make_plain", "spectral_norm", "weight_norm", "weight_standardization")
+_HOMES |= dict.fromkeys(_ON_WEIGHTS, "layers")
 
 if not typing.TYPE_CHECKING:
 

@@ -2,5 +2,24 @@
 
 from steadynorm.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from steadynorm.layers.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from steadynorm.layers.weight import (
+    initialize_weight_norm_,
+    make_plain,
+    spectral_norm,
+    weight_norm,
+    weight_standardization,
+)
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+    "initialize_weight_norm_",
+    "make_plain",
+    "spectral_norm",
+    "weight_norm",
+    "weight_standardization",
+]
