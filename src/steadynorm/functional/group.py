@@ -81,7 +81,9 @@ def group_norm(
 
     Source: Wu & He, Group Normalization (2018), eq. 1 to 7.
     """
-    shapes.check_channels(_who, x, num_groups, weight, bias)
+    shapes.check_channels_first(_who, x, None, weight, bias)
+    shapes.check_groups(_who, num_groups, x.shape[1])
+    shapes.check_several(_who, x, num_groups)
     shapes.check_eps(_who, eps)
     shapes.check_extras(_who, x, residual, activation, mask)
     return normalize_groups(x, num_groups, weight, bias, eps=eps, residual=residual, activation=activation, mask=mask)

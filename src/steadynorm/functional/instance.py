@@ -1,5 +1,7 @@
 """Instance normalization: statistics of one channel of one sample."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,28 +22,51 @@ def normalize_instances(
     residual: Tensor | None = None,
     activation: str | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Moments]:
-    """Normalise every channel of every sample on its own; and what running statistics are to move towards.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`instance_norm` by the statistics of `x`, without its checks.
 
-    Args: as `instance_norm`.
-
-    Returns: y (N, C, *), and Moments (C,): the mean over samples of their means and of their unbiased variances, each
-        sample once, whatever its length. Samples with fewer than two valid values do not enter.
+    Returns: y (N, C, *), and mean and biased variance (N, C), detached.
     """
-    options = {"eps": eps, "residual": residual, "activation": activation, "mask": mask}
-    y, mean, var = within_groups(x, x.shape[1], weight, bias, **options)  # type: ignore[arg-type]
-    positions = x[0, 0].numel() if x.shape[0] else 0
+    return within_groups(x, x.shape[1], weight, bias, eps=eps, residual=residual, activation=activation, mask=mask)
+
+
+def normalize_portably(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    eps: float,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """y of `normalize_instances` by the operator that converters know, where nothing is masked."""
+    if mask is not None:
+        options = {"eps": eps, "residual": residual, "activation": activation, "mask": mask}
+        return normalize_instances(x, weight, bias, **options)[0]  # type: ignore[arg-type]
+    return finish(F.instance_norm(x, None, None, weight, bias, True, 0.0, eps), residual, activation)
+
+
+def across_instances(x: Tensor, mean: Tensor, var: Tensor, mask: Tensor | None) -> Moments:
+    """What running statistics move towards: the average over samples, each once, whatever its length.
+
+    Args:
+        x: (N, C, *), for its shape.
+        mean, var: (N, C), biased.
+        mask: (N, *); a sample with fewer than two valid values does not enter.
+
+    Returns: Moments (C,), whose unbiased variance is the average of the unbiased variances.
+    """
     if mask is None:
-        return y, Moments(mean.mean(0), var.mean(0), positions if x.shape[0] else 0)
+        return Moments(mean.mean(0), var.mean(0), math.prod(x.shape[2:]) if x.shape[0] else 0)
     counts = mask.flatten(1).sum(1, keepdim=True)
     enters = counts > 1
-    samples = enters.sum()
-    unbiased = torch.where(enters, Moments(mean, var, counts).unbiased_var, 0).sum(0) / samples.clamp(min=1)
-    mean = torch.where(enters, mean, 0).sum(0) / samples.clamp(min=1)
-    # The count that gives this unbiased variance back: samples of different lengths have no count in common.
+    samples = enters.sum().clamp(min=1)
+    unbiased = torch.where(enters, Moments(mean, var, counts).unbiased_var, 0).sum(0) / samples
+    # Samples of different lengths have no count in common: the one that gives this unbiased variance back.
     count = torch.where(enters, counts, 0).sum()
     share = (count - 1).clamp(min=0).to(var.dtype) / count.clamp(min=1)
-    return y, Moments(mean, unbiased * share, count)
+    return Moments(torch.where(enters, mean, 0).sum(0) / samples, unbiased * share, count)
 
 
 def instance_norm(
@@ -86,12 +111,14 @@ def instance_norm(
         if running_mean is None or running_var is None:
             raise InputError("instance_norm got no running statistics, expected both with use_input_stats=False.")
         return normalize_running(x, running_mean, running_var, weight, bias, **options)  # type: ignore[arg-type]
-    shapes.check_channels(_who, x, x.shape[1] if x.dim() > 1 else 1, weight, bias)
+    shapes.check_channels_first(_who, x, None, weight, bias)
+    shapes.check_several(_who, x, max(x.shape[1], 1))
     shapes.check_extras(_who, x, residual, activation, mask)
-    if torch.compiler.is_exporting() and mask is None and running_mean is None:
-        return finish(F.instance_norm(x, None, None, weight, bias, True, 0.0, eps), residual, activation)
-    y, moments = normalize_instances(x, weight, bias, **options)  # type: ignore[arg-type]
+    if torch.compiler.is_exporting() and running_mean is None:
+        return normalize_portably(x, weight, bias, **options)  # type: ignore[arg-type]
+    y, mean, var = normalize_instances(x, weight, bias, **options)  # type: ignore[arg-type]
     if running_mean is not None and running_var is not None:
+        moments = across_instances(x, mean, var, mask)
         update_running_(running_mean, running_var, moments, momentum, guard=guard)
     return y
 

@@ -9,6 +9,7 @@ from steadynorm.errors import InputError
 from steadynorm.functional import shapes
 from steadynorm.functional.sample import HALF, Settings, normalize_sample, under_autocast
 from steadynorm.grouping import dense_like
+from steadynorm.kernels.reference_sample import arithmetic_dtype
 
 CONVENTIONS = ("torch", "llama", "gemma", "t5")
 """How a half type is rounded and where the weight counts from; see `rms_norm`."""
@@ -26,7 +27,7 @@ def normalize_rms(
     """`rms_norm` over the last `dims` dimensions, without its checks: y and x + addend (x without one)."""
     if eps is None:
         # That of the arithmetic, as torch takes it: of float32 for half types.
-        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        eps = torch.finfo(arithmetic_dtype(x)).eps
     wide = _in_arithmetic(x, weight, convention)
     if addend is not None and wide is not x:
         # The sum is taken in the dtype of x, and only then widened.

@@ -68,6 +68,9 @@ class _NormalizeSample(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not ctx.has_addend:
+            # A compiler hands zeros to every output, also to those without a gradient.
+            dtotal = None
         if dy is None:
             return dtotal, dtotal, *(None,) * 5
         total, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors

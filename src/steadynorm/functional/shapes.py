@@ -50,17 +50,17 @@ def check_width(who: Who, width: int) -> None:
         )
 
 
-def check_channels(who: Who, x: Tensor, num_groups: int, *affine: Tensor | None) -> None:
-    """Raise where `x` is not (N, C, *) with channels for `num_groups` groups, several values each."""
+def check_channels_first(who: Who, x: Tensor, channels: int | None, *affine: Tensor | None) -> None:
+    """Raise InputError where `x` is not floating point (N, `channels`, *), or `affine` are not one per channel."""
     if x.dim() < 2:
         raise InputError(f"{who()} expected (N, C, *), got {tuple(x.shape)}: one sample needs x.unsqueeze(0).")
     _check_float(who, x)
-    channels = x.shape[1]
-    check_groups(who, num_groups, channels)
+    if channels is not None and x.shape[1] != channels:
+        advice = "move them with x.movedim(-1, 1)" if x.shape[-1] == channels else f"construct it for {x.shape[1]}"
+        raise InputError(f"{who()} expected {channels} channels in dimension 1, got shape {tuple(x.shape)}: {advice}.")
     for name, tensor in zip(("weight", "bias"), affine, strict=False):
-        if tensor is not None and tuple(tensor.shape) != (channels,):
-            raise InputError(f"{who()} expected a {name} of shape ({channels},), got {tuple(tensor.shape)}.")
-    check_several(who, x, channels // num_groups * math.prod(x.shape[2:]))
+        if tensor is not None and tuple(tensor.shape) != (x.shape[1],):
+            raise InputError(f"{who()} expected a {name} of shape ({x.shape[1]},), got {tuple(tensor.shape)}.")
 
 
 def check_groups(who: Who, num_groups: int, channels: int) -> None:
@@ -73,27 +73,32 @@ def check_groups(who: Who, num_groups: int, channels: int) -> None:
         )
 
 
-def check_several(who: Who, x: Tensor, values: int) -> None:
-    """Raise DegenerateStatisticsError where a statistic within a sample is of a single value."""
-    if values == 1 and x.shape[0]:
+def check_several(who: Who, x: Tensor, num_groups: int) -> None:
+    """Raise DegenerateStatisticsError where a group of a sample of `x` (N, C, *) is a single value."""
+    if x.shape[1] // num_groups * math.prod(x.shape[2:]) == 1 and x.shape[0]:
         raise DegenerateStatisticsError(
-            f"{who()} expected more than one value per sample and group, got shape {tuple(x.shape)} with one, whose"
-            " variance is zero and whose output would be the bias: use fewer groups, larger inputs, or an identity"
-            " here."
+            f"{who()} expected more than one value per sample and group, got shape {tuple(x.shape)} in {num_groups}"
+            f" {'group' if num_groups == 1 else 'groups'}, with a variance of zero and the bias as output: use fewer"
+            " groups, larger inputs, or an identity here."
         )
 
 
 def check_extras(who: Who, x: Tensor, residual: Tensor | None, activation: str | None, mask: Tensor | None) -> None:
     """Raise InputError for a residual, an activation or a mask that does not go with `x` (N, C, *)."""
     check_same_shape(who, "residual", residual, x)
-    if activation is not None and activation not in ACTIVATIONS:
-        raise InputError(f"{who()}: activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+    check_activation(who, activation)
     expected = (x.shape[0], *x.shape[2:])
     if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != expected):
         raise InputError(
             f"{who()} expected a mask {expected} of torch.bool, True where a value is valid, got {tuple(mask.shape)}"
             f" of {mask.dtype}."
         )
+
+
+def check_activation(who: Who, activation: str | None) -> None:
+    """Raise InputError where there is no such activation."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise InputError(f"{who()}: activation must be None or one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
 
 
 def check_same_shape(who: Who, name: str, tensor: Tensor | None, x: Tensor) -> None:

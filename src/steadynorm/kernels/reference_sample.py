@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from steadynorm.grouping import SampleGrouping
-from steadynorm.kernels.reference import ACTIVATIONS, DERIVATIVES, compute_dtype, statistics_dtype
+from steadynorm.kernels.reference import ACTIVATIONS, DERIVATIVES, statistics_dtype
+
+
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of arithmetic over whole tensors: float64 for float64, else float32."""
+    # torch.promote_types would stay in an exported graph, as an operator that no converter knows.
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def compose_sample(
@@ -39,7 +45,7 @@ def compose_sample(
 
     Returns: y in the shape of x and the dtype of x + residual; mean and var, one of each statistic.
     """
-    values = x.reshape(grouping.sizes).to(compute_dtype(x))
+    values = x.reshape(grouping.sizes).to(arithmetic_dtype(x))
     valid = _spread_mask(mask, grouping)
     if valid is not None:
         values = torch.where(valid, values, 0)
@@ -127,7 +133,7 @@ def _before_activation(
     if bias is not None:
         z = z + _per_channel(bias, grouping, z)
     if residual is not None:
-        z = z + residual.reshape(grouping.sizes).to(torch.promote_types(z.dtype, residual.dtype))
+        z = z + residual.reshape(grouping.sizes)
     return z
 
 
@@ -240,7 +246,7 @@ def _normalized(
     is_centred: bool,
 ) -> tuple[Tensor, Tensor]:
     """x̂, zero where it is not valid, and 1 / sqrt(var + eps), both ready to meet the view."""
-    values = grouping.view(total).to(compute_dtype(total))
+    values = grouping.view(total).to(arithmetic_dtype(total))
     mean, var = mean.reshape(grouping.statistics_shape), var.reshape(grouping.statistics_shape)
     invstd = _invstd(var, values, eps, is_centred)
     if is_centred:
