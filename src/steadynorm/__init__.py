@@ -16,6 +16,9 @@ if typing.TYPE_CHECKING:
     from steadynorm.layers import BatchNorm1d as BatchNorm1d
     from steadynorm.layers import BatchNorm2d as BatchNorm2d
     from steadynorm.layers import BatchNorm3d as BatchNorm3d
+    from steadynorm.layers import FrozenBatchNorm1d as FrozenBatchNorm1d
+    from steadynorm.layers import FrozenBatchNorm2d as FrozenBatchNorm2d
+    from steadynorm.layers import FrozenBatchNorm3d as FrozenBatchNorm3d
     from steadynorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
     from steadynorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
     from steadynorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
@@ -31,6 +34,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

@@ -1,6 +1,7 @@
 """Normalization layers: subclasses of torch.nn's own, with the same signatures and the same state_dict."""
 
 from steadynorm.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from steadynorm.layers.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from steadynorm.layers.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from steadynorm.layers.weight import (
     initialize_weight_norm_,
@@ -14,6 +15,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

@@ -12,7 +12,7 @@ are those of torch.nn. Loading sets what the metadata names and nothing else: a 
 
 from typing import Any, Literal, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from steadynorm.errors import InputError

@@ -1,0 +1,34 @@
+"""The relatives over the batch as data: how each is made, and what a call of it brings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from steadynorm.layers import FrozenBatchNorm1d, FrozenBatchNorm2d
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A layer for (N, C, L), `rows`, and one for (N, C, H, W), `images`; `extra` is what a call with x brings."""
+
+    rows: Callable[..., nn.Module]
+    images: Callable[..., nn.Module] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    extra: Callable[[Tensor], dict[str, Any]] = lambda x: {}
+    is_moving: bool = True
+    has_open_batch: bool = True
+    # Statistics that make the formula smooth in x; gradients treat some of it as constant elsewhere.
+    settle: Callable[[nn.Module], Any] = lambda layer: None
+
+    def make(self, kind: str = "rows", **options: Any) -> nn.Module:
+        make = getattr(self, kind)
+        return make(3, **self.options, **options)
+
+
+RELATIVES = {
+    "frozen": Relative(FrozenBatchNorm1d, FrozenBatchNorm2d, is_moving=False),
+}
