@@ -1,9 +1,14 @@
 import os
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import torch
 
 from steadynorm import machine
+from steadynorm.lab import executors
 from steadynorm.lab.axes import Cell, grid
 from steadynorm.lab.executors import in_processes, in_this_process
 from steadynorm.lab.trials import Budget
@@ -90,6 +95,91 @@ def test_workers_end_with_the_reader(written):
     assert children
     running.close()
     assert not children & _children()
+
+
+def test_what_a_worker_said_is_not_said_of_the_next_one(written):
+    dies = """
+whole = batches
+
+def batches(split, batch_size, seed):
+    import os, sys
+    if batch_size == 8:
+        print("out of memory", file=sys.stderr, flush=True)
+    os._exit(3)
+"""
+    outcomes = list(in_processes(written(TOY + dies), [Cell("batch", size, 0) for size in (8, 4)], BUDGET, 1))
+    assert [outcome.error for _, outcome in outcomes] == [
+        "the worker process died (exit code 3: out of memory)",
+        "the worker process died (exit code 3)",
+    ]
+
+
+def test_a_run_that_stops_while_a_worker_starts_does_not_wait_for_its_cell(written, monkeypatch):
+    toy = written(
+        TOY + "\nwhole = batches\ndef batches(split, size, seed):\n    import time\n"
+        "    time.sleep(60 if size == 16 else 0)\n    return whole(split, size, seed)\n"
+    )
+    first, go = threading.Event(), threading.Event()
+    start = executors._Worker.start
+
+    def second_waits(self):
+        if first.is_set():
+            assert go.wait(30)
+        first.set()
+        return start(self)
+
+    monkeypatch.setattr(executors._Worker, "start", second_waits)
+    running = in_processes(toy, [Cell("batch", size, 0) for size in (8, 16)], BUDGET, 2)
+    next(running)
+    threading.Timer(0.5, go.set).start()
+    started = time.monotonic()
+    running.close()
+    assert time.monotonic() - started < 20
+
+
+LEAVES_NOTHING_OPEN = """
+import gc, sys, threading
+from steadynorm.lab.axes import grid
+from steadynorm.lab.executors import in_processes
+from steadynorm.lab.trials import Budget
+from steadynorm.recipe import load
+
+cells = grid(norms=["batch"], batch_sizes=[8, 16], seeds=1)
+
+def run(which, cells=cells, workers=1):
+    return in_processes(load(sys.argv[1] + which), cells, Budget(steps=5, lr=0.1), workers)
+
+stopped = run("/toy.py")
+next(stopped)
+stopped.close()
+assert all("died" in outcome.error for _, outcome in run("/dies.py", cells[:1]))
+
+class OnlyOnce(threading.Thread):
+    count = 0
+    def start(self):
+        OnlyOnce.count += 1
+        if OnlyOnce.count == 2:
+            raise RuntimeError("can't start new thread")
+        super().start()
+
+threading.Thread = OnlyOnce
+try:
+    list(run("/toy.py", workers=2))
+except RuntimeError as error:
+    print(error)
+gc.collect()
+"""
+
+
+def test_no_pipe_or_file_stays_open_however_a_run_ends(written, tmp_path):
+    written(TOY)
+    dies = "\nimport os, sys\nif 'steadynorm.lab.worker' in sys.orig_argv:\n    os.abort()\n"
+    (tmp_path / "dies.py").write_text(TOY + dies)
+    command = [sys.executable, "-W", "error", "-c", LEAVES_NOTHING_OPEN, tmp_path]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.stdout == "can't start new thread\n"
+    assert "ResourceWarning" not in ended.stderr
+    assert ended.returncode == 0, ended.stderr
 
 
 def _children():

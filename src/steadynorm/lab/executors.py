@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from queue import Queue
-from typing import Any
+from typing import IO, Any
 
 from steadynorm import machine
 from steadynorm.errors import SteadynormError
@@ -69,10 +69,11 @@ def in_processes(recipe: Recipe, cells: Sequence[Cell], budget: Budget, workers:
     def keep_busy(worker: _Worker) -> None:
         try:
             while True:
-                with lock:
+                with lock:  # who stops the run sees either no cell taken or a process to kill
                     cell = next(waiting, None)
-                if cell is None:
-                    return
+                    if cell is None:
+                        return
+                    worker.start()
                 finished.put((cell, worker.measure(cell)))
         except BaseException as error:  # a thread's exception would be lost, and the reader wait for ever
             finished.put(error)
@@ -94,11 +95,12 @@ def in_processes(recipe: Recipe, cells: Sequence[Cell], budget: Budget, workers:
         for worker in crew:
             worker.kill()  # its thread reads the end of the answers and closes it
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # else the system gave no thread
+                thread.join()
 
 
 class _Worker:
-    """A process that measures one cell after the other, started when the first one comes and again when it died."""
+    """A process that measures one cell after the other; `start` makes another one when it has died."""
 
     def __init__(self, recipe: Recipe, budget: Budget, threads: int) -> None:
         self.task = {
@@ -110,11 +112,29 @@ class _Worker:
         }
         self.threads = threads
         self.process: subprocess.Popen[str] | None = None
-        self.complaints = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by stop()
+        self.complaints: IO[str] | None = None
+
+    def start(self) -> None:
+        """Start the process unless it runs."""
+        if self.process is not None:
+            return
+        limits = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
+        path = os.pathsep.join(filter(None, sys.path))
+        # One file for each process: what the last one said is not said of the next.
+        self.complaints = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed by _end()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "steadynorm.lab.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.complaints,
+            text=True,
+            env={**os.environ, **limits, "PYTHONPATH": path},
+        )
 
     def measure(self, cell: Cell) -> Outcome:
+        """The outcome of a cell; a process that dies over it is the outcome too."""
         started = time.perf_counter()
-        self.process = self.process or self._start()
+        assert self.process is not None
         answer = self._ask(self.process, {**self.task, "cell": asdict(cell)})
         if answer.endswith("\n"):
             return Outcome(**json.loads(answer))
@@ -122,13 +142,14 @@ class _Worker:
         return Outcome({}, time.perf_counter() - started, error)
 
     def kill(self) -> None:
+        """End the process now; whoever waits for its answer gets none."""
         if (process := self.process) is not None:
             process.kill()
 
     def close(self) -> None:
+        """End the process and close what leads to it."""
         self.kill()
         self._end()
-        self.complaints.close()
 
     def _ask(self, process: subprocess.Popen[str], message: dict[str, Any]) -> str:
         """The line that the process answers, or less if it dies before."""
@@ -141,28 +162,24 @@ class _Worker:
         except BrokenPipeError:
             return ""
 
-    def _start(self) -> subprocess.Popen[str]:
-        limits = dict.fromkeys(THREAD_VARIABLES, str(self.threads))
-        path = os.pathsep.join(filter(None, sys.path))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "steadynorm.lab.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.complaints,
-            text=True,
-            env={**os.environ, **limits, "PYTHONPATH": path},
-        )
-        return process
-
     def _end(self) -> str:
-        """Wait for the process to end, close its pipes, and say how it ended."""
+        """Wait for the process to end, close its pipes and its file, and say how it ended."""
         process, self.process = self.process, None
-        if process is None:
-            return ""
-        code = process.wait()
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # what was left to send to a dead process
-                pipe.close()  # type: ignore[union-attr]
-        self.complaints.seek(0)
-        lines = self.complaints.read().strip().splitlines()
-        return f"signal {-code}" if code < 0 else f"exit code {code}{f': {lines[-1]}' if lines else ''}"
+        complaints, self.complaints = self.complaints, None
+        with contextlib.ExitStack() as stack:
+            if complaints is not None:
+                stack.enter_context(complaints)
+            if process is None or complaints is None:
+                return ""
+            for pipe in (process.stdin, process.stdout):
+                stack.callback(_close, pipe)
+            code = process.wait()
+            complaints.seek(0)
+            lines = complaints.read().strip().splitlines()
+            return f"signal {-code}" if code < 0 else f"exit code {code}{f': {lines[-1]}' if lines else ''}"
+
+
+def _close(pipe: IO[str] | None) -> None:
+    if pipe is not None:
+        with contextlib.suppress(BrokenPipeError):  # what was left to send to a dead process
+            pipe.close()
