@@ -323,3 +323,22 @@ def spectral_norm(v: Array, *, dim: int = 0) -> WeightExpectation:
         return (dw / sigma - (dw * v).sum() / sigma**2 * np.moveaxis(direction, 0, dim),)
 
     return WeightExpectation(v / sigma, gradients)
+
+
+def input_norm(x: Array) -> tuple[Array, Array, Array]:
+    """Mean (C,), deviation (C,) and normalised values of data (N, C, *); NaN is missing, and 0 in the result.
+
+    A constant column is centred only.
+    """
+    columns = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1)
+    mean, deviation = np.zeros(len(columns)), np.zeros(len(columns))
+    for i, column in enumerate(columns):
+        values = column[~np.isnan(column)]
+        if values.size:
+            mean[i] = math.fsum(values) / values.size
+            deviation[i] = math.sqrt(math.fsum((values - mean[i]) ** 2) / values.size)
+        if values.size and values.min() == values.max():
+            mean[i], deviation[i] = values[0], 0.0
+    scale = np.where(deviation > 0, deviation, 1.0)
+    z = (x - spread(mean, x.ndim)) / spread(scale, x.ndim)
+    return mean, deviation, np.where(np.isnan(x), 0.0, z)

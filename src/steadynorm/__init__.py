@@ -19,6 +19,7 @@ if typing.TYPE_CHECKING:
     from steadynorm.layers import FrozenBatchNorm1d as FrozenBatchNorm1d
     from steadynorm.layers import FrozenBatchNorm2d as FrozenBatchNorm2d
     from steadynorm.layers import FrozenBatchNorm3d as FrozenBatchNorm3d
+    from steadynorm.layers import InputNorm as InputNorm
     from steadynorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
     from steadynorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
     from steadynorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
@@ -37,6 +38,7 @@ __all__ = [
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
+    "InputNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

@@ -2,6 +2,7 @@
 
 from steadynorm.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from steadynorm.layers.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from steadynorm.layers.input import InputNorm
 from steadynorm.layers.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from steadynorm.layers.weight import (
     initialize_weight_norm_,
@@ -18,6 +19,7 @@ __all__ = [
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
+    "InputNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

@@ -22,7 +22,7 @@ class WideBuffers(nn.Module):
             new = self._buffers[name]
             if old is not None and new is not None and _is_narrow(new):
                 # Where the move goes, without the rounding.
-                self._buffers[name] = old.to(new.device, widened(new.dtype))
+                self._buffers[name] = old.to(new.device)
         return self
 
     def _load_from_state_dict(self, *args: Any) -> None:
