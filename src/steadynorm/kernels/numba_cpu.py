@@ -7,6 +7,7 @@ activation, on first use, and kept on disk.
 import ctypes
 import math
 from functools import cache, lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from steadynorm.grouping import Grouping
 from steadynorm.kernels import reference
 from steadynorm.kernels.cpu import arguments as at
 from steadynorm.kernels.cpu import build
+from steadynorm.kernels.cpu.arguments import STAGED, STREAMED
 from steadynorm.kernels.cpu.memory import empty_like
 from steadynorm.moments import Moments
 
@@ -30,7 +32,7 @@ STORAGE = {
 
 SERIAL_BELOW = 1 << 16  # values; a parallel region costs about as much as 20,000 values
 PLANE_BLOCK = 32 << 10  # bytes of neighbouring groups in one task: 8 KiB cost up to 1.9 times as much, 64 KiB no less
-STREAMED_RUN = 8 << 10  # bytes; streaming shorter runs costs up to 3.5 times as much, for lines shared by two of them
+STREAMED_RUN = 8 << 10  # bytes; shorter runs share too many lines with their neighbours to be streamed one by one
 ROW_BLOCK = 1 << 18  # values in one task of rows
 MOST_ROW_BLOCKS = 256
 FOLDED_COLUMNS = 256  # rows are folded up to this many columns
@@ -73,32 +75,29 @@ def _last_level_cache() -> int:
     return max(sizes)
 
 
+MAKERS = {
+    "planes_forward": ("planes", "make_forward"),
+    "planes_backward": ("planes", "make_backward"),
+    "rows_columns": ("rows", "make_columns"),
+    "rows_statistics": ("rows", "make_statistics"),
+    "rows_normalize": ("rows", "make_normalize"),
+    "rows_sums": ("rows", "make_sums"),
+    "rows_input": ("rows", "make_input"),
+    "running_update": ("running", "make_update"),
+}
+
+
 @cache
-def _kernel(kind: str, dtype: torch.dtype, activation: str | None = None) -> Any:
-    """A compiled kernel by name, for one dtype and activation."""
-    storage = STORAGE[dtype]
+def _kernel(kind: str, dtype: torch.dtype, *variant: str | bool | None) -> Any:
+    """A compiled kernel by name, for one dtype and one variant of its maker: what it need not ask while it runs."""
+    module, maker = MAKERS[kind]
 
     def make() -> Any:
-        from steadynorm.kernels.cpu import planes, rows, running
         from steadynorm.kernels.cpu.simd import STORAGES
 
-        module, maker = {
-            "planes_forward": (planes, "make_forward"),
-            "planes_backward": (planes, "make_backward"),
-            "rows_columns": (rows, "make_columns"),
-            "rows_statistics": (rows, "make_statistics"),
-            "rows_normalize": (rows, "make_normalize"),
-            "rows_sums": (rows, "make_sums"),
-            "rows_input": (rows, "make_input"),
-            "running_update": (running, "make_update"),
-        }[kind]
-        if kind == "running_update":
-            return running.make_update()
-        if kind in ("rows_columns", "rows_statistics"):
-            return getattr(module, maker)(STORAGES[storage])
-        return getattr(module, maker)(STORAGES[storage], activation)
+        return getattr(import_module(f"steadynorm.kernels.cpu.{module}"), maker)(STORAGES[STORAGE[dtype]], *variant)
 
-    return build.load(f"{kind}_{storage}_{activation or 'none'}", make)
+    return build.load("_".join([kind, STORAGE[dtype], *map(str, variant)]), make)
 
 
 class Plan(NamedTuple):
@@ -109,7 +108,7 @@ class Plan(NamedTuple):
     threads: int
     scratch_bytes: int
     fold: int
-    is_streamable: bool  # whether the output's memory is written in whole lines, if the tensor starts at one
+    streams: int  # how an output too large for the cache bypasses it: 0 not at all, else as planes.py says
 
 
 @lru_cache(maxsize=1024)
@@ -130,18 +129,19 @@ def _plan(grouping: Grouping, dtype: torch.dtype, eps: float, is_given: bool, th
         tasks = -(-rows // block)
         width = -(-columns // 16) * 16
         values |= {at.OUTER: rows, at.EXTRA: outer % fold * group, at.FOLD: fold}
-        is_streamable = columns % 16 == 0
+        streams = STREAMED if columns % 16 == 0 else 0
         # The coefficients come first; see Call.
         lane = 8 if size == 8 else 4
         scratch = 5 * width * lane + tasks * 2 * width * (8 + lane)
     else:
-        is_streamable = inner * size >= STREAMED_RUN
+        streams = STREAMED if inner * size >= STREAMED_RUN or inner % 16 == 0 else STAGED
         block = min(max(1, PLANE_BLOCK // (inner * size)), group)
         tasks = -(-group // block)
         values[at.OUTER] = outer
-        scratch = min(threads, tasks) * block * at.GROUP_BYTES
+        values[at.SCRATCH_BYTES] = block * at.SLOT_BYTES + (streams == STAGED) * block * inner * size
+        scratch = min(threads, tasks) * values[at.SCRATCH_BYTES]
     values |= {at.BLOCK: block, at.TASKS: tasks}
-    return Plan(at.template(values), tasks, min(threads, tasks), scratch, fold, is_streamable)
+    return Plan(at.template(values), tasks, min(threads, tasks), scratch, fold, streams)
 
 
 class Call:
@@ -192,18 +192,18 @@ class Call:
         """Give the kernels the address of a tensor; None is address 0."""
         self.integers[place] = 0 if tensor is None else tensor.data_ptr()
 
-    def set_streaming(self, output: Tensor, least: int) -> None:
-        """Let the output bypass the caches where it would not stay there anyway, and where its memory is aligned."""
+    def set_streaming(self, output: Tensor, tensors: int) -> None:
+        """Let the output bypass the caches if the `tensors` that a pass touches are more than they hold."""
         size = output.element_size()
-        if output.numel() * size >= least:
+        if output.numel() * size * tensors >= _last_level_cache():
             is_aligned = not self.is_rows or output.data_ptr() % (16 * size) == 0
-            self.integers[at.STREAMS] = self.plan.is_streamable and is_aligned
+            self.integers[at.STREAMS] = self.plan.streams if is_aligned else 0
 
-    def run(self, kind: str, stages: int, activation: str | None = None) -> None:
+    def run(self, kind: str, stages: int, *variant: str | bool | None) -> None:
         """Launch a kernel on this call's threads."""
         self.integers[at.TICKET] = self.integers[at.WORKERS] = 0
         self.integers[at.STAGES] = stages
-        build.run(_kernel(kind, self.x.dtype, activation), self.address, self.plan.threads)
+        build.run(_kernel(kind, self.x.dtype, *variant), self.address, self.plan.threads)
 
     def columns(self, stages: int) -> None:
         """Do the rows' work between the sweeps."""
@@ -229,7 +229,7 @@ def moments(x: Tensor, grouping: Grouping, mask: Tensor | None = None) -> tuple[
         call.run("rows_statistics", 0)
         call.columns(at.TO_MOMENTS)
     else:
-        call.run("planes_forward", at.STATISTICS)
+        call.run("planes_forward", at.STATISTICS, None, False)
     return mean, var
 
 
@@ -252,12 +252,12 @@ def normalize(
     y = empty_like(x)
     call.point(at.Y, y)
     call.point(at.RESIDUAL, residual)
-    call.set_streaming(y, _last_level_cache())
+    call.set_streaming(y, 2 + (residual is not None))
     if grouping.is_rows:
         call.columns(at.TO_COEFFICIENTS)
-        call.run("rows_normalize", 0, activation)
+        call.run("rows_normalize", 0, activation, residual is not None)
     else:
-        call.run("planes_forward", at.NORMALIZE, activation)
+        call.run("planes_forward", at.NORMALIZE, activation, residual is not None)
     return y
 
 
@@ -278,14 +278,21 @@ def forward(
     y = empty_like(x)
     call.point(at.Y, y)
     call.point(at.RESIDUAL, residual)
-    call.set_streaming(y, _last_level_cache())
+    call.set_streaming(y, 2 + (residual is not None))
     if grouping.is_rows:
         call.run("rows_statistics", 0)
         call.columns(at.TO_MOMENTS | at.TO_COEFFICIENTS)
-        call.run("rows_normalize", 0, activation)
+        call.run("rows_normalize", 0, activation, residual is not None)
     else:
-        call.run("planes_forward", at.STATISTICS | at.NORMALIZE, activation)
+        call.run("planes_forward", at.STATISTICS | at.NORMALIZE, activation, residual is not None)
     return y, mean, var
+
+
+def _side(activation: str | None, residual: Tensor | None, y: Tensor | None) -> str:
+    """What beside x tells where the derivative is taken; see planes.make_backward."""
+    if activation is None:
+        return ""
+    return "output" if y is not None else "residual" if residual is not None else ""
 
 
 def _begin_backward(
@@ -301,7 +308,6 @@ def _begin_backward(
     _take_moments(call, mean, var)
     call.point(at.DY, dy)
     call.point(at.SIDE, residual if y is None else y)
-    call.integers[at.IS_OUTPUT] = y is not None
     call.point(at.DWEIGHT, dweight)
     call.point(at.DBIAS, dbias)
     return dweight, dbias
@@ -329,10 +335,10 @@ def backward_sums(
     call.point(at.G, g)
     if grouping.is_rows:
         call.columns(at.TO_COEFFICIENTS)
-        call.run("rows_sums", 0, activation)
+        call.run("rows_sums", 0, activation, _side(activation, residual, y), True)
         call.columns(at.TO_SUMS)
     else:
-        call.run("planes_backward", at.SUMS, activation)
+        call.run("planes_backward", at.SUMS, activation, _side(activation, residual, y), True)
     return g, dweight, dbias
 
 
@@ -362,12 +368,12 @@ def backward_input(
         at.Floats.from_buffer(call.integers)[at.PER_COUNT] = 1.0 / max(float(count), 1.0)
     dx = empty_like(x)
     call.point(at.DX, dx)
-    call.set_streaming(dx, _last_level_cache() // 2)
+    call.set_streaming(dx, 3)
     if grouping.is_rows:
         call.columns(at.TO_COEFFICIENTS | at.TO_BACK)
-        call.run("rows_input", 0)
+        call.run("rows_input", 0, None, "", True)
     else:
-        call.run("planes_backward", at.INPUT)
+        call.run("planes_backward", at.INPUT, None, "", True)
     return dx
 
 
@@ -398,16 +404,16 @@ def backward(
     g = dresidual if dresidual is not None else (dx if keeps_g else None)
     call.point(at.G, g)
     # What was just read is written over: streaming stores would only push it out of the cache first.
-    call.set_streaming(dx, _last_level_cache() // 2)
-    if g is dx:
-        call.integers[at.STREAMS] = 0
+    if g is not dx:
+        call.set_streaming(dx, 3 + 2 * (g is not None))
+    variant = activation, _side(activation, residual, y), g is not None
     if grouping.is_rows:
         call.columns(at.TO_COEFFICIENTS)
-        call.run("rows_sums", 0, activation)
+        call.run("rows_sums", 0, *variant)
         call.columns(at.TO_SUMS | at.TO_COEFFICIENTS | at.TO_BACK)
-        call.run("rows_input", 0, activation)
+        call.run("rows_input", 0, *variant)
     else:
-        call.run("planes_backward", at.SUMS | at.INPUT, activation)
+        call.run("planes_backward", at.SUMS | at.INPUT, *variant)
     return dx, dweight, dbias, dresidual
 
 

@@ -18,7 +18,6 @@ import ctypes
     RESIDUAL,
     DY,
     SIDE,  # backward: the residual or the output, whichever tells where the derivative is taken
-    IS_OUTPUT,  # whether SIDE is the output
     G,  # backward: where g is kept between the passes, or 0
     DX,
     PIVOT,
@@ -31,8 +30,9 @@ import ctypes
     DWEIGHT,
     DBIAS,
     SCRATCH,
+    SCRATCH_BYTES,  # planes: what each worker has of it
     COLUMNS,  # rows: coefficients of every column
-    STREAMS,  # whether the output bypasses the caches
+    STREAMS,  # how the output bypasses the caches, or 0
     EPS,
     PER_COUNT,  # 1 / values per statistic; 0 where the statistics were given
     COUNTER,  # running statistics: how many batches have entered, or 0
@@ -46,13 +46,13 @@ STATISTICS, NORMALIZE = 1, 2
 """Stages of a forward kernel."""
 SUMS, INPUT = 1, 2
 """Stages of a backward kernel."""
+STREAMED, STAGED = 1, 2
+"""How an output bypasses the caches: row by row, or from a buffer in which the runs of a block are put together."""
 TO_MOMENTS, TO_COEFFICIENTS, TO_SUMS, TO_BACK = 1, 2, 4, 8
 """Stages of the rows' work on columns."""
 
-SUMS_BYTES = 2 * 16 * 8
-COEFFICIENTS_BYTES = 8 * 8
-GROUP_BYTES = 2 * SUMS_BYTES + COEFFICIENTS_BYTES
-"""Bytes of scratch for one group of planes: narrow sums, wide sums (two of 16 lanes each) and coefficients."""
+SLOT_BYTES = 64
+"""Scratch for one group of planes: two sums and five coefficients, a line of memory."""
 
 Integers = ctypes.c_int64 * LENGTH
 Floats = ctypes.c_double * LENGTH

@@ -18,6 +18,7 @@ import numba
 from steadynorm.kernels.cpu import activations
 from steadynorm.kernels.cpu import arguments as at
 from steadynorm.kernels.cpu.arguments import TO_BACK, TO_COEFFICIENTS, TO_MOMENTS, TO_SUMS
+from steadynorm.kernels.cpu.planes import make_gradient, make_take, operands_of
 from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
@@ -139,13 +140,23 @@ def make_columns(storage: Storage) -> Any:
     return kernel
 
 
+@inlined
+def _all_columns(args: Any) -> Any:
+    return load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
+
+
+@inlined
+def _padded_columns(args: Any) -> Any:
+    return padded(_all_columns(args))
+
+
 def _blocks(block_of_rows: Any) -> Any:
     """A kernel that runs `block_of_rows(args, task, first row, rows, columns)` over all blocks."""
 
     def kernel(args: Any) -> Any:
         tasks, block = load_i64(args + at.TASKS * 8), load_i64(args + at.BLOCK * 8)
         rows, extra = load_i64(args + at.OUTER * 8), load_i64(args + at.EXTRA * 8)
-        columns = load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
+        columns = _all_columns(args)
         task = next_ticket(args)
         while task < tasks:
             first = task * block
@@ -177,12 +188,11 @@ def make_statistics(storage: Storage) -> Any:
 
     @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
-        all_columns = load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
-        width, stride = padded(all_columns), all_columns * size
+        width, stride = _padded_columns(args), _all_columns(args) * size
         sums = load_i64(args + at.SCRATCH * 8) + task * 2 * width * (8 + lane)
         narrow = sums + 2 * width * 8
         x, pivots = load_i64(args + at.X * 8) + first * stride, load_i64(args + at.PIVOT * 8)
-        if columns == all_columns:
+        if columns * size == stride:
             clear(sums, narrow, width, lane)
         for done in range(rows):
             for j in range(0, columns, LANES):
@@ -194,100 +204,89 @@ def make_statistics(storage: Storage) -> Any:
     return _blocks(block)
 
 
-def make_normalize(storage: Storage, activation: str | None) -> Any:
+def make_normalize(storage: Storage, activation: str | None, has_residual: bool) -> Any:
     """The second sweep forward."""
     apply, _ = activations.make(storage, activation)
-    load, load_first, store, store_first = storage.load, storage.load_first, storage.store, storage.store_first
-    stream, size = storage.stream, storage.bytes
-    coefficient, lane = storage.load_lanes, storage.lane_bytes
+    coefficient, lane, take = storage.load_lanes, storage.lane_bytes, make_take(storage)
+
+    @inlined
+    def value_at(operands: Any, o: Any, n: Any, at_j: Any, width: Any) -> Any:
+        x, residual = operands
+        high, scale, shift = coefficient(at_j), coefficient(at_j + width), coefficient(at_j + 2 * width)
+        z = fma(take(x + o, n) - high, scale, shift)
+        if has_residual:
+            z = z + take(residual + o, n)
+        return apply(z)
+
+    write, size = _make_write(storage, value_at), storage.bytes
 
     @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
-        all_columns = load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
-        width, stride = padded(all_columns) * lane, all_columns * size
-        coefficients = load_i64(args + at.COLUMNS * 8)
-        x, y, residual = load_i64(args + at.X * 8), load_i64(args + at.Y * 8), load_i64(args + at.RESIDUAL * 8)
-        streams = load_i64(args + at.STREAMS * 8) != 0
-        for r in range(first, first + rows):
-            for j in range(0, columns, LANES):
-                left, o, at_j = columns - j, r * stride + j * size, coefficients + j * lane
-                high, scale, shift = coefficient(at_j), coefficient(at_j + width), coefficient(at_j + 2 * width)
-                if left >= LANES:
-                    z = fma(load(x + o) - high, scale, shift)
-                    if residual != 0:
-                        z = z + load(residual + o)
-                    if streams:
-                        stream(y + o, apply(z))
-                    else:
-                        store(y + o, apply(z))
-                else:
-                    z = fma(load_first(x + o, left, high) - high, scale, shift)
-                    if residual != 0:
-                        z = z + load_first(residual + o, left, high)
-                    store_first(y + o, left, apply(z))
+        width, stride = _padded_columns(args) * lane, _all_columns(args) * size
+        operands = load_i64(args + at.X * 8), load_i64(args + at.RESIDUAL * 8)
+        write(args, operands, load_i64(args + at.Y * 8), first * stride, rows, columns, stride, width)
 
     return _blocks(block)
 
 
-def _gradient(storage: Storage, activation: str | None) -> Any:
-    """g = dy · activation'(z) of one vector, with its loads; `centred` is x − high."""
-    _, back = activations.make(storage, activation)
-    load, load_first, splat = storage.load, storage.load_first, storage.splat
-    has_activation = activation is not None
+def _make_write(storage: Storage, value_at: Any) -> Any:
+    """Write a block of rows, each vector made by `value_at(operands, o, n, coefficients, width)`."""
+    store, store_first, stream = storage.store, storage.store_first, storage.stream
+    size, lane = storage.bytes, storage.lane_bytes
 
     @inlined
-    def gradient(
-        centred: Any, dy: Any, side: Any, offset: Any, left: Any, is_output: Any, scale: Any, shift: Any
-    ) -> Any:
-        value = load(dy + offset) if left >= LANES else load_first(dy + offset, left, splat(0.0))
-        if not has_activation:
-            return value
-        beside = splat(0.0)
-        if side != 0:
-            beside = load(side + offset) if left >= LANES else load_first(side + offset, left, splat(0.0))
-        if is_output:
-            return back(beside, value)
-        return back(fma(centred, scale, shift) + beside, value)
-
-    return gradient
-
-
-def make_sums(storage: Storage, activation: str | None) -> Any:
-    """The first sweep back: Σ g and Σ g·(x − high) of every column, block by block; g is kept where asked for."""
-    gradient = _gradient(storage, activation)
-    load, load_first, store, store_first = storage.load, storage.load_first, storage.store, storage.store_first
-    size = storage.bytes
-    coefficient, lane, flush = storage.load_lanes, storage.lane_bytes, _make_flush(storage)
-
-    @inlined
-    def add(args: Any, o: Any, j: Any, left: Any, narrow: Any, width: Any) -> Any:
-        x, dy = load_i64(args + at.X * 8), load_i64(args + at.DY * 8)
-        side, g = load_i64(args + at.SIDE * 8), load_i64(args + at.G * 8)
-        is_output = load_i64(args + at.IS_OUTPUT * 8) != 0
-        at_j = load_i64(args + at.COLUMNS * 8) + j * lane
-        high, scale, shift = coefficient(at_j), coefficient(at_j + width * lane), coefficient(at_j + 2 * width * lane)
-        total, products = coefficient(narrow + j * lane), coefficient(narrow + (width + j) * lane)
-        centred = (load(x + o) if left >= LANES else load_first(x + o, left, high)) - high
-        value = gradient(centred, dy, side, o, left, is_output, scale, shift)
-        if g != 0:
-            if left >= LANES:
-                store(g + o, value)
+    def write(args: Any, operands: Any, out: Any, start: Any, rows: Any, columns: Any, stride: Any, width: Any) -> Any:
+        coefficients, whole = load_i64(args + at.COLUMNS * 8), columns - columns % LANES
+        streams = load_i64(args + at.STREAMS * 8) != 0
+        for o in range(start, start + rows * stride, stride):
+            if streams:
+                for j in range(0, whole, LANES):
+                    stream(out + o + j * size, value_at(operands, o + j * size, LANES, coefficients + j * lane, width))
             else:
-                store_first(g + o, left, value)
-        store_vector(narrow + j * lane, total + value)
-        store_vector(narrow + (width + j) * lane, fma(value, centred, products))
+                for j in range(0, whole, LANES):
+                    store(out + o + j * size, value_at(operands, o + j * size, LANES, coefficients + j * lane, width))
+            if whole < columns:
+                at_end, left = o + whole * size, columns - whole
+                store_first(out + at_end, left, value_at(operands, at_end, left, coefficients + whole * lane, width))
+
+    return write
+
+
+def make_sums(storage: Storage, activation: str | None, side: str, keeps_g: bool) -> Any:
+    """The first sweep back: Σ g and Σ g·(x − high) of every column, block by block; see planes.make_backward."""
+    gradient = make_gradient(storage, activation, side)
+    store, store_first, take = storage.store, storage.store_first, make_take(storage)
+    size, coefficient, lane, flush = storage.bytes, storage.load_lanes, storage.lane_bytes, _make_flush(storage)
+
+    @inlined
+    def add(operands: Any, o: Any, n: Any, at_j: Any, width: Any, narrow: Any) -> Any:
+        high, scale, shift = coefficient(at_j), coefficient(at_j + width), coefficient(at_j + 2 * width)
+        centred = take(operands[0] + o, n) - high
+        value = gradient(operands, o, n, centred, scale, shift)
+        if keeps_g:
+            if n == LANES:
+                store(operands[3] + o, value)
+            else:
+                store_first(operands[3] + o, n, value)
+        store_vector(narrow, coefficient(narrow) + value)
+        store_vector(narrow + width, fma(value, centred, coefficient(narrow + width)))
 
     @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
-        all_columns = load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
-        width, stride = padded(all_columns), all_columns * size
+        width, stride = _padded_columns(args), _all_columns(args) * size
         sums = load_i64(args + at.SCRATCH * 8) + task * 2 * width * (8 + lane)
-        narrow = sums + 2 * width * 8
-        if columns == all_columns:
+        narrow, coefficients = sums + 2 * width * 8, load_i64(args + at.COLUMNS * 8)
+        operands = operands_of(args)
+        if columns * size == stride:
             clear(sums, narrow, width, lane)
+        whole, wide = columns - columns % LANES, width * lane
         for done in range(rows):
-            for j in range(0, columns, LANES):
-                add(args, (first + done) * stride + j * size, j, columns - j, narrow, width)
+            o = (first + done) * stride
+            for j in range(0, whole, LANES):
+                add(operands, o + j * size, LANES, coefficients + j * lane, wide, narrow + j * lane)
+            if whole < columns:
+                at_end = coefficients + whole * lane
+                add(operands, o + whole * size, columns - whole, at_end, wide, narrow + whole * lane)
             if done % ROWS_ADDED == ROWS_ADDED - 1:
                 flush(narrow, sums, width)
         flush(narrow, sums, width)
@@ -295,38 +294,24 @@ def make_sums(storage: Storage, activation: str | None) -> Any:
     return _blocks(block)
 
 
-def make_input(storage: Storage, activation: str | None) -> Any:
+def make_input(storage: Storage, activation: str | None, side: str, keeps_g: bool) -> Any:
     """The second sweep back: dx = (x − high) · slope + g · scale + centre."""
-    gradient = _gradient(storage, activation)
-    load, load_first, store, store_first = storage.load, storage.load_first, storage.store, storage.store_first
-    stream, splat, size = storage.stream, storage.splat, storage.bytes
-    coefficient, lane = storage.load_lanes, storage.lane_bytes
+    gradient, take = make_gradient(storage, activation, side), make_take(storage)
+    size, coefficient, lane = storage.bytes, storage.load_lanes, storage.lane_bytes
+
+    @inlined
+    def value_at(operands: Any, o: Any, n: Any, at_j: Any, width: Any) -> Any:
+        high, scale, shift = coefficient(at_j), coefficient(at_j + width), coefficient(at_j + 2 * width)
+        slope, centre = coefficient(at_j + 3 * width), coefficient(at_j + 4 * width)
+        centred = take(operands[0] + o, n) - high
+        value = take(operands[3] + o, n) if keeps_g else gradient(operands, o, n, centred, scale, shift)
+        return fma(centred, slope, fma(value, scale, centre))
+
+    write = _make_write(storage, value_at)
 
     @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
-        all_columns = load_i64(args + at.GROUP * 8) * load_i64(args + at.FOLD * 8)
-        width, stride = padded(all_columns) * lane, all_columns * size
-        coefficients = load_i64(args + at.COLUMNS * 8)
-        x, dy, dx = load_i64(args + at.X * 8), load_i64(args + at.DY * 8), load_i64(args + at.DX * 8)
-        side, g = load_i64(args + at.SIDE * 8), load_i64(args + at.G * 8)
-        is_output = load_i64(args + at.IS_OUTPUT * 8) != 0
-        streams = load_i64(args + at.STREAMS * 8) != 0
-        for r in range(first, first + rows):
-            for j in range(0, columns, LANES):
-                left, o, at_j = columns - j, r * stride + j * size, coefficients + j * lane
-                high, scale, shift = coefficient(at_j), coefficient(at_j + width), coefficient(at_j + 2 * width)
-                slope, centre = coefficient(at_j + 3 * width), coefficient(at_j + 4 * width)
-                centred = (load(x + o) if left >= LANES else load_first(x + o, left, high)) - high
-                if g != 0:
-                    value = load(g + o) if left >= LANES else load_first(g + o, left, splat(0.0))
-                else:
-                    value = gradient(centred, dy, side, o, left, is_output, scale, shift)
-                value = fma(centred, slope, fma(value, scale, centre))
-                if left < LANES:
-                    store_first(dx + o, left, value)
-                elif streams:
-                    stream(dx + o, value)
-                else:
-                    store(dx + o, value)
+        width, stride = _padded_columns(args) * lane, _all_columns(args) * size
+        write(args, operands_of(args), load_i64(args + at.DX * 8), first * stride, rows, columns, stride, width)
 
     return _blocks(block)

@@ -4,10 +4,19 @@ import math
 from typing import Any
 
 from steadynorm.kernels.cpu import arguments as at
-from steadynorm.kernels.cpu.simd import inlined, load_f64, load_i64, parameter, store_f32, store_f64, store_i64
+from steadynorm.kernels.cpu.simd import (
+    Storage,
+    inlined,
+    load_f64,
+    load_i64,
+    parameter,
+    store_f32,
+    store_f64,
+    store_i64,
+)
 
 
-def make_update() -> Any:
+def make_update(_: Storage) -> Any:
     """X is the running mean and Y the running variance, of WEIGHT_BYTES each; MEAN and VAR are the batch's."""
 
     @inlined

@@ -151,7 +151,7 @@ def widen(typingctx: Any, a: Any) -> Any:
 
 @intrinsic
 def lanes_sum(typingctx: Any, a: Any) -> Any:
-    """Sum of the lanes of a float64 vector, pairwise."""
+    """Sum of the lanes, pairwise in their own precision, as float64."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         value, width = args[0], LANES
@@ -163,7 +163,8 @@ def lanes_sum(typingctx: Any, a: Any) -> Any:
             value = builder.fadd(
                 builder.shuffle_vector(value, undefined, low), builder.shuffle_vector(value, undefined, high)
             )
-        return builder.extract_element(value, ir.Constant(I32, 0))
+        total = builder.extract_element(value, ir.Constant(I32, 0))
+        return total if total.type == F64 else builder.fpext(total, F64)
 
     return types.float64(a), codegen
 
@@ -308,6 +309,21 @@ def stores_fence(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
+def _splat_load(vector: Vector, llvm: ir.Type) -> Any:
+    @intrinsic
+    def load_splat(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            return _splat(builder, builder.load(_pointer(builder, args[0], llvm)))
+
+        return vector(types.int64), codegen
+
+    return load_splat
+
+
+load_splat32 = _splat_load(V32, F32)
+load_splat64 = _splat_load(V64, F64)
+
+
 @intrinsic
 def load_v64(typingctx: Any, address: Any) -> Any:
     """16 float64 from memory."""
@@ -352,6 +368,7 @@ class Storage:
             address that is a multiple of 16 elements.
         splat(float): a scalar in the arithmetic's precision.
         load_lanes(address), lane_bytes: vectors of the arithmetic's precision in memory, as `store_vector` writes them.
+        store_lane(address, float), load_lane(address): one number of that precision; read into all lanes.
     """
 
     def __init__(self, name: str) -> None:
@@ -364,6 +381,8 @@ class Storage:
         self.memory = ir.VectorType(lane, LANES)
         self.lane_bytes = 8 if self.is_double else 4
         self.load_lanes = load_v64 if self.is_double else load_v32
+        self.store_lane = store_f64 if self.is_double else store_f32
+        self.load_lane = load_splat64 if self.is_double else load_splat32
         self.load = self._make_load()
         self.load_splat = self._make_load_splat()
         self.load_first = self._make_load_first()
