@@ -19,6 +19,9 @@ if typing.TYPE_CHECKING:
     from steadynorm.layers import FrozenBatchNorm1d as FrozenBatchNorm1d
     from steadynorm.layers import FrozenBatchNorm2d as FrozenBatchNorm2d
     from steadynorm.layers import FrozenBatchNorm3d as FrozenBatchNorm3d
+    from steadynorm.layers import GhostBatchNorm1d as GhostBatchNorm1d
+    from steadynorm.layers import GhostBatchNorm2d as GhostBatchNorm2d
+    from steadynorm.layers import GhostBatchNorm3d as GhostBatchNorm3d
     from steadynorm.layers import InputNorm as InputNorm
     from steadynorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
     from steadynorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
@@ -38,6 +41,9 @@ __all__ = [
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
     "InputNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",

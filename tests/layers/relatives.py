@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steadynorm.layers import FrozenBatchNorm1d, FrozenBatchNorm2d
+from steadynorm.layers import FrozenBatchNorm1d, FrozenBatchNorm2d, GhostBatchNorm1d, GhostBatchNorm2d
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,6 @@ class Relative:
     options: dict[str, Any] = field(default_factory=dict)
     extra: Callable[[Tensor], dict[str, Any]] = lambda x: {}
     is_moving: bool = True
-    has_open_batch: bool = True
     # Statistics that make the formula smooth in x; gradients treat some of it as constant elsewhere.
     settle: Callable[[nn.Module], Any] = lambda layer: None
 
@@ -31,4 +30,5 @@ class Relative:
 
 RELATIVES = {
     "frozen": Relative(FrozenBatchNorm1d, FrozenBatchNorm2d, is_moving=False),
+    "ghost": Relative(GhostBatchNorm1d, GhostBatchNorm2d, {"ghost_size": 4}),
 }

@@ -2,6 +2,7 @@
 
 from steadynorm.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from steadynorm.layers.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from steadynorm.layers.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from steadynorm.layers.input import InputNorm
 from steadynorm.layers.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from steadynorm.layers.weight import (
@@ -19,6 +20,9 @@ __all__ = [
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
     "InputNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
