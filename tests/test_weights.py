@@ -1,5 +1,6 @@
 import os
 import pickle
+import sys
 
 import pytest
 import torch
@@ -110,3 +111,10 @@ def test_a_pickle_of_any_protocol_is_refused_without_a_warning(tmp_path, protoco
     with pytest.raises(InputError, match="refused"):
         read_weights(path)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_without_safetensors_the_sentence_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    (tmp_path / "a.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"needs safetensors, the extra \[cli\]: pip install safetensors\.$"):
+        read_weights(tmp_path / "a.safetensors")

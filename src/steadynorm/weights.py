@@ -88,7 +88,7 @@ def _read_safetensors(path: Path) -> Any:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ModuleNotFoundError as error:
-        raise InputError(f"{path} needs the package safetensors: pip install 'steadynorm[cli]'.") from error
+        raise InputError(f"{path} needs safetensors, the extra [cli]: pip install safetensors.") from error
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -10,7 +10,7 @@ try:
     import rich as _rich  # noqa: F401
     import typer as _typer  # noqa: F401
 except ImportError:
-    sys.stderr.write("steadynorm: the command line needs typer and rich: pip install 'steadynorm[cli]'\n")
+    sys.stderr.write("steadynorm: the command line needs typer and rich, the extra [cli]: pip install typer rich\n")
     sys.exit(2)
 
 from steadynorm.cli.commands import app, main

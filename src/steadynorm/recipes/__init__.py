@@ -21,7 +21,7 @@ def find(spec: str) -> ModuleType:
             return importlib.import_module(f"steadynorm.recipes.{spec}")
         except ModuleNotFoundError as error:
             raise RecipeError(
-                f"the recipe {spec} needs the package {error.name}: pip install 'steadynorm[recipes]'."
+                f"the recipe {spec} needs {error.name}, the extra [recipes]: pip install scikit-learn."
             ) from error
     if spec.endswith(".py") or "/" in spec or "\\" in spec:
         return _import_file(Path(spec))

@@ -16,7 +16,7 @@ try:
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 except ImportError as error:
-    raise ImportError("HTML reports need jinja2 and plotly: pip install 'steadynorm[report]'") from error
+    raise ImportError("HTML reports need jinja2 and plotly, the extra [report]: pip install jinja2 plotly") from error
 
 from steadynorm.report.document import Block, Chart, Document, Table, drawn_columns, is_value, text_of
 

@@ -23,7 +23,7 @@ try:
     from rich.table import Table as Grid
     from rich.text import Text
 except ImportError as error:
-    raise ImportError("reports in the terminal need rich: pip install 'steadynorm[cli]'") from error
+    raise ImportError("reports in the terminal need rich, the extra [cli]: pip install rich") from error
 
 from steadynorm.report.document import (
     Card,
