@@ -19,7 +19,6 @@ from steadynorm.grouping import Grouping
 from steadynorm.kernels import reference
 from steadynorm.kernels.cpu import arguments as at
 from steadynorm.kernels.cpu import build
-from steadynorm.kernels.cpu.arguments import STAGED, STREAMED
 from steadynorm.kernels.cpu.memory import empty_like
 from steadynorm.moments import Moments
 
@@ -31,8 +30,9 @@ STORAGE = {
 }
 
 SERIAL_BELOW = 1 << 16  # values; a parallel region costs about as much as 20,000 values
-PLANE_BLOCK = 32 << 10  # bytes of neighbouring groups in one task: 8 KiB cost up to 1.9 times as much, 64 KiB no less
-STREAMED_RUN = 8 << 10  # bytes; shorter runs share too many lines with their neighbours to be streamed one by one
+PLANE_BLOCK = 64 << 10  # bytes of neighbouring groups in one task: 16 KiB cost up to 1.4 times as much, 128 KiB no less
+TASKS_PER_THREAD = 3  # at least, so that no thread waits long for the last one
+STREAMED_RUN = 8 << 10  # bytes; shorter runs are streamed only if they are whole lines: shared lines cost twice as much
 ROW_BLOCK = 1 << 18  # values in one task of rows
 MOST_ROW_BLOCKS = 256
 FOLDED_COLUMNS = 256  # rows are folded up to this many columns
@@ -108,7 +108,7 @@ class Plan(NamedTuple):
     threads: int
     scratch_bytes: int
     fold: int
-    streams: int  # how an output too large for the cache bypasses it: 0 not at all, else as planes.py says
+    is_streamable: bool  # whether an output is written in whole lines of memory, if it starts at one
 
 
 @lru_cache(maxsize=1024)
@@ -129,19 +129,18 @@ def _plan(grouping: Grouping, dtype: torch.dtype, eps: float, is_given: bool, th
         tasks = -(-rows // block)
         width = -(-columns // 16) * 16
         values |= {at.OUTER: rows, at.EXTRA: outer % fold * group, at.FOLD: fold}
-        streams = STREAMED if columns % 16 == 0 else 0
+        is_streamable = columns % 16 == 0
         # The coefficients come first; see Call.
         lane = 8 if size == 8 else 4
         scratch = 5 * width * lane + tasks * 2 * width * (8 + lane)
     else:
-        streams = STREAMED if inner * size >= STREAMED_RUN or inner % 16 == 0 else STAGED
-        block = min(max(1, PLANE_BLOCK // (inner * size)), group)
+        is_streamable = inner * size >= STREAMED_RUN or inner % 16 == 0
+        block = max(1, min(PLANE_BLOCK // (inner * size), group // (TASKS_PER_THREAD * threads)))
         tasks = -(-group // block)
         values[at.OUTER] = outer
-        values[at.SCRATCH_BYTES] = block * at.SLOT_BYTES + (streams == STAGED) * block * inner * size
-        scratch = min(threads, tasks) * values[at.SCRATCH_BYTES]
+        scratch = min(threads, tasks) * block * at.SLOT_BYTES
     values |= {at.BLOCK: block, at.TASKS: tasks}
-    return Plan(at.template(values), tasks, min(threads, tasks), scratch, fold, streams)
+    return Plan(at.template(values), tasks, min(threads, tasks), scratch, fold, is_streamable)
 
 
 class Call:
@@ -197,7 +196,7 @@ class Call:
         size = output.element_size()
         if output.numel() * size * tensors >= _last_level_cache():
             is_aligned = not self.is_rows or output.data_ptr() % (16 * size) == 0
-            self.integers[at.STREAMS] = self.plan.streams if is_aligned else 0
+            self.integers[at.STREAMS] = self.plan.is_streamable and is_aligned
 
     def run(self, kind: str, stages: int, *variant: str | bool | None) -> None:
         """Launch a kernel on this call's threads."""

@@ -30,9 +30,8 @@ import ctypes
     DWEIGHT,
     DBIAS,
     SCRATCH,
-    SCRATCH_BYTES,  # planes: what each worker has of it
     COLUMNS,  # rows: coefficients of every column
-    STREAMS,  # how the output bypasses the caches, or 0
+    STREAMS,  # whether the output bypasses the caches
     EPS,
     PER_COUNT,  # 1 / values per statistic; 0 where the statistics were given
     COUNTER,  # running statistics: how many batches have entered, or 0
@@ -40,14 +39,12 @@ import ctypes
     MOMENTUM,  # running statistics: weight of the batch; NaN for the same weight for every batch
     GUARDS,  # running statistics: whether a batch that is not finite is left out
     LENGTH,
-) = range(37)
+) = range(36)
 
 STATISTICS, NORMALIZE = 1, 2
 """Stages of a forward kernel."""
 SUMS, INPUT = 1, 2
 """Stages of a backward kernel."""
-STREAMED, STAGED = 1, 2
-"""How an output bypasses the caches: row by row, or from a buffer in which the runs of a block are put together."""
 TO_MOMENTS, TO_COEFFICIENTS, TO_SUMS, TO_BACK = 1, 2, 4, 8
 """Stages of the rows' work on columns."""
 

@@ -24,9 +24,7 @@ from steadynorm.kernels.cpu.arguments import (
     INPUT,
     NORMALIZE,
     SLOT_BYTES,
-    STAGED,
     STATISTICS,
-    STREAMED,
     SUMS,
 )
 from steadynorm.kernels.cpu.simd import (
@@ -94,17 +92,15 @@ def _coefficients(storage: Storage) -> Any:
 
 
 def _over_tasks(run: Any) -> Any:
-    """A kernel that runs `run(args, stages, slots, buffer, first group, last group)` over all tasks."""
+    """A kernel that runs `run(args, stages, slots, first group, last group)` over all tasks."""
 
     def kernel(args: Any) -> Any:
         stages, block = load_i64(args + at.STAGES * 8), load_i64(args + at.BLOCK * 8)
         tasks, group = load_i64(args + at.TASKS * 8), load_i64(args + at.GROUP * 8)
-        worker = next_ticket(args + at.WORKERS * 8)
-        slots = load_i64(args + at.SCRATCH * 8) + worker * load_i64(args + at.SCRATCH_BYTES * 8)
-        buffer = slots + block * SLOT_BYTES
+        slots = load_i64(args + at.SCRATCH * 8) + next_ticket(args + at.WORKERS * 8) * block * SLOT_BYTES
         task = next_ticket(args)
         while task < tasks:
-            run(args, stages, slots, buffer, task * block, min(task * block + block, group))
+            run(args, stages, slots, task * block, min(task * block + block, group))
             task = next_ticket(args)
         stores_fence()
 
@@ -131,15 +127,9 @@ def _make_write(storage: Storage, factors_of: Any, value_at: Any) -> Any:
     `o` is the offset of a vector in bytes, `n` its number of valid lanes, `factors` the coefficients of its group,
     read from its slot once for a run: a compiler must assume that every store may change them. In place works: the
     last, overlapping vector of a run is made before any other is written. A line of memory is written either past the
-    caches or through them; both cost more than either, which is why short runs that share lines are staged.
+    caches or through them: both cost more than either.
     """
-    store, store_first, stream, load, size = (
-        storage.store,
-        storage.store_first,
-        storage.stream,
-        storage.load,
-        storage.bytes,
-    )
+    store, store_first, stream, size = storage.store, storage.store_first, storage.stream, storage.bytes
 
     @inlined
     def streamed(operands: Any, o: Any, out: Any, inner: Any, factors: Any) -> Any:
@@ -167,32 +157,17 @@ def _make_write(storage: Storage, factors_of: Any, value_at: Any) -> Any:
             store_first(out, inner, value_at(operands, o, inner, factors))
 
     @inlined
-    def move(out: Any, buffer: Any, count: Any) -> Any:
-        i = min((-(out // size)) % LANES, count)
-        if i > 0:
-            store_first(out, i, load(buffer))
-        while i + LANES <= count:
-            stream(out + i * size, load(buffer + i * size))
-            i += LANES
-        if i < count:
-            store_first(out + i * size, count - i, load(buffer + i * size))
-
-    @inlined
-    def write(args: Any, operands: Any, out: Any, slots: Any, buffer: Any, first: Any, last: Any) -> Any:
+    def write(args: Any, operands: Any, out: Any, slots: Any, first: Any, last: Any) -> Any:
         outer, group, inner = _sizes(args)
-        streams = load_i64(args + at.STREAMS * 8)
+        streams = load_i64(args + at.STREAMS * 8) != 0
         for n in range(outer):
-            start = (n * group + first) * inner * size
-            target = buffer - start if streams == STAGED else out
             for c in range(first, last):
                 o = (n * group + c) * inner * size
                 factors = factors_of(slots + (c - first) * SLOT_BYTES)
-                if streams == STREAMED:
+                if streams:
                     streamed(operands, o, out + o, inner, factors)
                 else:
-                    written(operands, o, target + o, inner, factors)
-            if streams == STAGED:
-                move(out + start, buffer, (last - first) * inner)
+                    written(operands, o, out + o, inner, factors)
 
     return write
 
@@ -202,11 +177,11 @@ def make_forward(storage: Storage, activation: str | None, has_residual: bool) -
     statistics, normalize = _make_statistics(storage), _make_normalize(storage, activation, has_residual)
 
     @inlined
-    def run(args: Any, stages: Any, slots: Any, buffer: Any, first: Any, last: Any) -> Any:
+    def run(args: Any, stages: Any, slots: Any, first: Any, last: Any) -> Any:
         if stages & STATISTICS:
             statistics(args, slots, first, last)
         if stages & NORMALIZE:
-            normalize(args, slots, buffer, first, last)
+            normalize(args, slots, first, last)
 
     return _over_tasks(run)
 
@@ -290,11 +265,11 @@ def _make_normalize(storage: Storage, activation: str | None, has_residual: bool
     write = _make_write(storage, factors_of, value_at)
 
     @inlined
-    def normalize(args: Any, slots: Any, buffer: Any, first: Any, last: Any) -> Any:
+    def normalize(args: Any, slots: Any, first: Any, last: Any) -> Any:
         for c in range(first, last):
             coefficients(args, slots + (c - first) * SLOT_BYTES, c)
         operands = load_i64(args + at.X * 8), load_i64(args + at.RESIDUAL * 8)
-        write(args, operands, load_i64(args + at.Y * 8), slots, buffer, first, last)
+        write(args, operands, load_i64(args + at.Y * 8), slots, first, last)
 
     return normalize
 
@@ -310,11 +285,11 @@ def make_backward(storage: Storage, activation: str | None, side: str, keeps_g: 
     sums, input_gradient = _make_sums(storage, gradient, keeps_g), _make_input(storage, gradient, keeps_g)
 
     @inlined
-    def run(args: Any, stages: Any, slots: Any, buffer: Any, first: Any, last: Any) -> Any:
+    def run(args: Any, stages: Any, slots: Any, first: Any, last: Any) -> Any:
         if stages & SUMS:
             sums(args, slots, first, last)
         if stages & INPUT:
-            input_gradient(args, slots, buffer, first, last)
+            input_gradient(args, slots, first, last)
 
     return _over_tasks(run)
 
@@ -447,9 +422,9 @@ def _make_input(storage: Storage, gradient: Any, keeps_g: bool) -> Any:
     write = _make_write(storage, factors_of, value_at)
 
     @inlined
-    def input_gradient(args: Any, slots: Any, buffer: Any, first: Any, last: Any) -> Any:
+    def input_gradient(args: Any, slots: Any, first: Any, last: Any) -> Any:
         for c in range(first, last):
             back_coefficients(args, slots + (c - first) * SLOT_BYTES, c)
-        write(args, operands_of(args), load_i64(args + at.DX * 8), slots, buffer, first, last)
+        write(args, operands_of(args), load_i64(args + at.DX * 8), slots, first, last)
 
     return input_gradient
