@@ -94,10 +94,8 @@ def ghost(
     given = None if training else (running_mean, running_var)
     parts = [(samples, given) for samples in (ranges if training else [np.arange(len(x))])]
     ahead, gradients = in_parts(x, parts, weight, bias, eps, residual, activation, mask)
+    mean, var, count = moments(x, mask)
     if training:
-        mean, var, count = moments(x, mask)
         running_mean = ema(running_mean, mean, momentum)
         running_var = ema(running_var, unbiased(var, count), momentum)
-    return Expectation(
-        dataclasses.replace(ahead, count=oracles.moments(x, mask)[2]), running_mean, running_var, gradients
-    )
+    return Expectation(dataclasses.replace(ahead, count=count), running_mean, running_var, gradients)
