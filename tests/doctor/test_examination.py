@@ -1,4 +1,5 @@
 import json
+import time
 
 import pytest
 import torch
@@ -171,6 +172,19 @@ def test_a_recipe_without_weights_is_trained_first_and_the_diagnosis_says_so():
     assert len({total for _, total in advances}) == 1
     assert advances[-1][0] <= advances[-1][1]
     assert recipe.evaluate(model, recipe.load("digits"))["accuracy"] > 0.95
+
+
+def test_the_progress_bar_is_where_the_time_is():
+    faulty, marks = recipe.load("digits_faulty"), []
+    for _ in range(2):  # kernels are compiled the first time
+        marks.clear()
+        doctor.examine_recipe(faulty, on_progress=lambda done, total: marks.append((done / total, time.process_time())))
+    start = marks[0][1]
+    marks = [(done, seconds - start) for done, seconds in marks]
+    whole = marks[-1][1]
+    assert marks[-1][0] == 1
+    # Seven equal parts beside a hundred training steps were wrong by 0.26.
+    assert max(abs(done - seconds / whole) for done, seconds in marks) < 0.17
 
 
 def test_the_faulty_recipe_shows_its_three_faults_at_their_places():

@@ -116,7 +116,40 @@ def test_a_model_may_take_and_give_anything(kind):
 def test_progress_counts_up_to_its_end():
     advances = []
     observe(networks.convolutional(nn.BatchNorm2d), on_progress=lambda done, total: advances.append((done, total)))
-    assert advances == [(i, probe.STAGES) for i in range(1, probe.STAGES + 1)]
+    costs = list(probe.COSTS.values())
+    assert advances == [(sum(costs[:i]), sum(costs)) for i in range(len(costs) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "has_train_batches", "expected"),
+    [
+        (("state",), True, ["state"]),
+        (("forward",), True, ["state", "forward", "dead_biases"]),
+        (("isolation",), False, ["state", "forward", "isolation"]),
+        (("drift",), False, ["state", "forward", "recalibrate", "drift"]),
+        (("training",), True, ["state", "forward", "recalibrate", "training"]),
+        (("training",), False, ["state", "forward"]),
+    ],
+)
+def test_progress_counts_what_was_asked_for_and_ends_at_its_end(parts, has_train_batches, expected):
+    advances, data = [], list(digits.batches("test", 32, 0))[:2]
+    probe.observe(
+        networks.convolutional(nn.BatchNorm2d),
+        data,
+        forward=call,
+        train_batches=data if has_train_batches else None,
+        parts=parts,
+        on_progress=lambda done, total: advances.append((done, total)),
+    )
+    costs = [probe.COSTS[stage] for stage in expected]
+    assert advances == [(sum(costs[:i]), sum(costs)) for i in range(len(costs) + 1)]
+
+
+def test_progress_ends_at_its_end_where_the_forward_raises():
+    advances = []
+    observe(nn.Linear(3, 3), on_progress=lambda done, total: advances.append((done, total)))
+    assert advances == sorted(advances)
+    assert advances[-1] == (sum(probe.COSTS.values()),) * 2
 
 
 def test_a_model_without_norms():

@@ -128,7 +128,16 @@ def test_progress_is_silent_where_nobody_watches():
 def test_progress_shows_what_is_done_and_what_is_left():
     stream = StringIO()
     watched = Console(file=stream, force_terminal=True, width=100, _environ={})
-    with terminal.progress("[training]", watched) as advance:
+    with terminal.progress("[training]", watched, "cells") as advance:
         advance(1, 2)
     assert "[training]" in stream.getvalue()
-    assert "1/2" in stream.getvalue()
+    assert "1/2 cells" in stream.getvalue()
+
+
+def test_progress_without_a_unit_is_a_share():
+    stream = StringIO()
+    watched = Console(file=stream, force_terminal=True, width=100, _environ={})
+    with terminal.progress("doctor", watched) as advance:
+        advance(57, 138)
+    assert "41%" in stream.getvalue()
+    assert "57/138" not in stream.getvalue()

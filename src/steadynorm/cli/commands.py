@@ -174,7 +174,7 @@ def run_lab(
     from steadynorm.lab.trials import DEFAULT_STEPS
     from steadynorm.recipe import load
 
-    with working(f"lab {recipe}") as advance:
+    with working(f"lab {recipe}", "cells") as advance:
         return laboratory.run(
             load(recipe),
             batch_sizes=batch_sizes,

@@ -120,9 +120,9 @@ def _as_text(documents: Sequence[Document]) -> str:
 
 
 @contextmanager
-def working(title: str) -> Iterator[terminal.Advance]:
+def working(title: str, unit: str = "") -> Iterator[terminal.Advance]:
     """A progress bar while the user's code runs; what that code prints is no result and goes to standard error."""
-    with redirect_stdout(sys.stderr), terminal.progress(title, terminal.console(stderr=True)) as advance:
+    with redirect_stdout(sys.stderr), terminal.progress(title, terminal.console(stderr=True), unit) as advance:
         yield advance
 
 

@@ -10,7 +10,7 @@ from steadynorm.doctor.diagnosis import Diagnosis, Judgement
 from steadynorm.doctor.finding import SEVERITIES
 from steadynorm.doctor.rules import RULES, Rule, code_of
 from steadynorm.errors import InputError, RecipeError
-from steadynorm.probe import STAGES, Loss, Metrics, Progress, Source, observe
+from steadynorm.probe import COST_BATCH_SIZE, COSTS, Loss, Metrics, Progress, Source, observe, stages
 from steadynorm.recipe import Recipe, call, seeded
 
 # Enough for the running statistics to settle with a momentum of 0.1, and for digits to be told apart (0.99).
@@ -38,7 +38,7 @@ def examine(
         metrics: (output, batch) to {name: number}, higher is better; the first one is used.
         select: codes, or beginnings of codes, of the rules to check; none is all.
         ignore: codes, or beginnings of codes, of rules to leave out.
-        on_progress: called with how many parts are done, and of how many.
+        on_progress: called with how much is done, and of how much.
 
     Raises:
         InputError: there is no batch, a code fits no rule, or loss or metrics cannot be computed.
@@ -108,12 +108,20 @@ def examine_recipe(
         seed: of the model, the training and the training batches.
     """
     advance = on_progress or (lambda done, total: None)
-    total = STAGES + (0 if recipe.has_weights else steps)
+    needed = {part for rule in _selected(select, ignore) for part in rule.needs}
+    looking = sum(COSTS[stage] for stage in stages(needed, has_train_batches=True))
+    is_trained = not recipe.has_weights and recipe.loss is not None
+    training = max(1, round(steps * batch_size / COST_BATCH_SIZE)) if is_trained else 0
+    total = training + looking
     with seeded(seed):
         model = recipe.model()
     remarks = []
     if not recipe.has_weights:
-        remarks.append(_trained(model, recipe, batch_size, steps, seed, lambda step, _: advance(step, total)))
+        remarks.append(
+            _trained(
+                model, recipe, batch_size, steps, seed, lambda step, _: advance(round(training * step / steps), total)
+            )
+        )
     diagnosis = examine(
         model,
         lambda: recipe.batches("test", batch_size, 0),
@@ -122,7 +130,7 @@ def examine_recipe(
         metrics=recipe.metrics,
         select=select,
         ignore=ignore,
-        on_progress=lambda done, of: advance(total - of + done, total),
+        on_progress=lambda done, _: advance(training + done, total),
     )
     return model, replace(diagnosis, remarks=tuple(remarks), title=f"Diagnosis of {recipe.name}")
 

@@ -19,7 +19,7 @@ try:
     from rich.cells import cell_len
     from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
     from rich.padding import Padding
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Table as Grid
     from rich.text import Text
 except ImportError as error:
@@ -61,24 +61,31 @@ class Advance(Protocol):
     """Tells a progress bar how far the work is."""
 
     def __call__(self, done: int, total: int, seconds_left: float | None = None) -> None:
-        """`done` of `total` parts; without `seconds_left` it is estimated from the parts done so far."""
+        """`done` of `total`; without `seconds_left` it is estimated from what is done so far."""
         ...
 
 
 @contextmanager
-def progress(title: str, where: Console) -> Iterator[Advance]:
-    """A progress bar with the time left, gone when the block ends; silent where `where` is not a terminal."""
-    texts = [TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[left]}")]
-    columns = (texts[0], BarColumn(), MofNCompleteColumn(), texts[1])
-    with Progress(*columns, console=where, transient=True, disable=not where.is_terminal) as bar:
-        task = bar.add_task(title, total=None, left="")
+def progress(title: str, where: Console, unit: str = "") -> Iterator[Advance]:
+    """A progress bar with the time left, gone when the block ends; silent where `where` is not a terminal.
+
+    Args:
+        unit: what is counted ("cells"); without it the share that is done is shown, in percent.
+    """
+    texts = ("{task.description}", "{task.fields[done]}", "{task.fields[left]}")
+    name, done_of, left = (TextColumn(text, markup=False) for text in texts)
+    with Progress(
+        name, BarColumn(), done_of, left, console=where, transient=True, disable=not where.is_terminal
+    ) as bar:
+        task = bar.add_task(title, total=None, done="", left="")
         started = time.monotonic()
 
         def advance(done: int, total: int, seconds_left: float | None = None) -> None:
             if seconds_left is None and done:
                 seconds_left = (time.monotonic() - started) / done * (total - done)
             left = "" if seconds_left is None else f"{timedelta(seconds=round(seconds_left))} left"
-            bar.update(task, completed=done, total=total, left=left)
+            shown = f"{done}/{total} {unit}" if unit else f"{done / max(total, 1):.0%}"
+            bar.update(task, completed=done, total=total, done=shown, left=left)
 
         yield advance
 
