@@ -342,3 +342,99 @@ def input_norm(x: Array) -> tuple[Array, Array, Array]:
     scale = np.where(deviation > 0, deviation, 1.0)
     z = (x - spread(mean, x.ndim)) / spread(scale, x.ndim)
     return mean, deviation, np.where(np.isnan(x), 0.0, z)
+
+
+Labels = NDArray[np.intp]
+"""For every value of a tensor, the number of the statistic it belongs to; or of the weight it is multiplied by."""
+
+
+def label_rows(shape: tuple[int, ...], dims: int) -> tuple[Labels, Labels]:
+    """Statistics and weights of a layer norm over the last `dims` dimensions."""
+    width = math.prod(shape[len(shape) - dims :])
+    place = np.arange(math.prod(shape)).reshape(shape)
+    return place // max(width, 1), place % max(width, 1)
+
+
+def label_groups(shape: tuple[int, ...], groups: int) -> tuple[Labels, Labels]:
+    """Statistics and weights of a group norm of (N, C, *)."""
+    sample, channel, *_ = np.indices(shape)
+    return sample * groups + channel // (shape[1] // groups), channel
+
+
+def label_positions(shape: tuple[int, ...]) -> tuple[Labels, Labels]:
+    """Statistics and weights of a layer norm of (N, C, *) over C."""
+    place = np.arange(shape[0] * math.prod(shape[2:])).reshape(shape[0], 1, *shape[2:])
+    return np.broadcast_to(place, shape), np.indices(shape)[1]
+
+
+@dataclass(frozen=True)
+class Within:
+    """What a normalization within samples determines, value by value: `mean`, `var`, `count` in the shape of x."""
+
+    x_hat: Array
+    z: Array
+    y: Array
+    mean: Array
+    var: Array
+    count: Array
+    invstd: Array
+    scale: Array
+    gradients: Callable[[Array, Array | None], Gradients]
+
+
+def total_by(labels: Labels, values: Array) -> Array:
+    """The sum over all values of one label, at each of its places."""
+    return np.bincount(labels.ravel(), values.ravel(), int(labels.max(initial=0)) + 1)[labels]
+
+
+def within_samples(
+    x: Array,
+    statistics: Labels,
+    weights: Labels,
+    *,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    eps: float = 1e-5,
+    residual: Array | None = None,
+    activation: str | None = None,
+    mask: Mask | None = None,
+    is_centred: bool = True,
+    weight_offset: float = 0.0,
+) -> Within:
+    """y = act((x − mean) / sqrt(var + eps) · (weight_offset + weight) + bias + residual), zero in the padding.
+
+    Not centred, the mean is held at zero. The gradients are those of Σ dy · y, plus `dtotal` at x.
+    """
+    valid = everywhere(mask, x)
+    values = np.where(valid, x, 0.0)
+    count = np.maximum(total_by(statistics, valid.astype(np.float64)), 1.0)
+
+    def average(of: Array) -> Array:
+        return total_by(statistics, np.where(valid, of, 0.0)) / count
+
+    mean = average(values)
+    # The second sum repairs the rounding of the first.
+    mean = mean + average(values - mean) if is_centred else np.zeros_like(x)
+    var = average((values - mean) ** 2)
+    invstd = 1.0 / np.sqrt(var + eps)
+    x_hat = np.where(valid, (values - mean) * invstd, 0.0)
+    scale = np.ones_like(x) if weight is None else weight_offset + weight.ravel()[weights]
+    z = x_hat * scale
+    if bias is not None:
+        z = z + bias.ravel()[weights]
+    if residual is not None:
+        z = z + residual
+    z = np.where(valid, z, 0.0)
+    y = np.where(valid, activate(z, activation), 0.0)
+
+    def gradients(dy: Array, dtotal: Array | None = None) -> Gradients:
+        g = np.where(valid, dy * activation_derivative(z, activation), 0.0)
+        inside = g * scale - x_hat * average(g * scale * x_hat)
+        if is_centred:
+            inside = inside - average(g * scale)
+        dx = inside * invstd if dtotal is None else inside * invstd + dtotal
+        width = int(weights.max(initial=-1)) + 1
+        dweight, dbias = (np.bincount(weights.ravel(), of.ravel(), width) for of in (g * x_hat, g))
+        return Gradients(np.where(valid, dx, 0.0), dweight, dbias, g)
+
+    return Within(x_hat, z, y, mean, var, count, invstd, scale, gradients)
