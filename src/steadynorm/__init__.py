@@ -16,16 +16,26 @@ if typing.TYPE_CHECKING:
     from steadynorm.layers import BatchNorm1d as BatchNorm1d
     from steadynorm.layers import BatchNorm2d as BatchNorm2d
     from steadynorm.layers import BatchNorm3d as BatchNorm3d
+    from steadynorm.layers import ChannelLayerNorm as ChannelLayerNorm
     from steadynorm.layers import FrozenBatchNorm1d as FrozenBatchNorm1d
     from steadynorm.layers import FrozenBatchNorm2d as FrozenBatchNorm2d
     from steadynorm.layers import FrozenBatchNorm3d as FrozenBatchNorm3d
     from steadynorm.layers import GhostBatchNorm1d as GhostBatchNorm1d
     from steadynorm.layers import GhostBatchNorm2d as GhostBatchNorm2d
     from steadynorm.layers import GhostBatchNorm3d as GhostBatchNorm3d
+    from steadynorm.layers import GroupNorm as GroupNorm
     from steadynorm.layers import InputNorm as InputNorm
+    from steadynorm.layers import InstanceNorm1d as InstanceNorm1d
+    from steadynorm.layers import InstanceNorm2d as InstanceNorm2d
+    from steadynorm.layers import InstanceNorm3d as InstanceNorm3d
+    from steadynorm.layers import LayerNorm as LayerNorm
     from steadynorm.layers import LazyBatchNorm1d as LazyBatchNorm1d
     from steadynorm.layers import LazyBatchNorm2d as LazyBatchNorm2d
     from steadynorm.layers import LazyBatchNorm3d as LazyBatchNorm3d
+    from steadynorm.layers import LazyInstanceNorm1d as LazyInstanceNorm1d
+    from steadynorm.layers import LazyInstanceNorm2d as LazyInstanceNorm2d
+    from steadynorm.layers import LazyInstanceNorm3d as LazyInstanceNorm3d
+    from steadynorm.layers import RMSNorm as RMSNorm
     from steadynorm.layers import initialize_weight_norm_ as initialize_weight_norm_
     from steadynorm.layers import make_plain as make_plain
     from steadynorm.layers import spectral_norm as spectral_norm
@@ -38,16 +48,26 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ChannelLayerNorm",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
+    "GroupNorm",
     "InputNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "RMSNorm",
     "__version__",
     "backend",
     "doctor",

@@ -3,8 +3,19 @@
 from steadynorm.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from steadynorm.layers.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from steadynorm.layers.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from steadynorm.layers.group import GroupNorm
 from steadynorm.layers.input import InputNorm
+from steadynorm.layers.instance import (
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LazyInstanceNorm1d,
+    LazyInstanceNorm2d,
+    LazyInstanceNorm3d,
+)
+from steadynorm.layers.layer import ChannelLayerNorm, LayerNorm
 from steadynorm.layers.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from steadynorm.layers.rms import RMSNorm
 from steadynorm.layers.weight import (
     initialize_weight_norm_,
     make_plain,
@@ -17,16 +28,26 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ChannelLayerNorm",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
+    "GroupNorm",
     "InputNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "RMSNorm",
     "initialize_weight_norm_",
     "make_plain",
     "spectral_norm",
