@@ -1,0 +1,278 @@
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from steadynorm.grouping import SampleGrouping
+from steadynorm.kernels import FROM_OUTPUT, numba_sample
+from tests.cases import ACTIVATIONS
+from tests.kernels.sample_oracle import Call, expected
+
+AFFINE = frozenset({"weight", "bias"})
+EVERYTHING = AFFINE | {"addend", "residual", "dtotal"}
+
+# Error allowed, of the value itself and of the largest one: a rounding to the dtype, and sums of many values.
+TOLERANCE = {
+    torch.float64: (1e-13, 1e-12),
+    torch.float32: (1e-6, 2e-6),
+    torch.bfloat16: (2**-8, 2**-9),
+    torch.float16: (2**-11, 2**-12),
+}
+
+
+def needs(call: Call) -> None:
+    reason = numba_sample.why_not(torch.ones(1), call.grouping, masked="mask" in call.has)
+    if reason:
+        pytest.skip(reason)
+
+
+def run(call: Call, inputs: dict[str, Any], total: torch.Tensor | None = None) -> dict[str, Any]:
+    """Forward, then backward with the statistics it gave."""
+    shared = (inputs["weight"], inputs["bias"], inputs["residual"])
+    settings = (inputs["mask"], call.eps, call.activation, call.is_centred, call.offset)
+    y, total, mean, var = numba_sample.sample_forward(inputs["x"], inputs["addend"], call.grouping, *shared, *settings)
+    has_residual = inputs["residual"] is not None
+    takes_output = has_residual and call.activation in FROM_OUTPUT
+    dx, dweight, dbias, dresidual = numba_sample.sample_backward(
+        inputs["dy"],
+        inputs["dtotal"],
+        total,
+        call.grouping,
+        mean,
+        var,
+        inputs["weight"],
+        inputs["bias"],
+        None if takes_output else inputs["residual"],
+        y if takes_output else None,
+        *settings,
+        has_residual,
+        True,
+    )
+    return {
+        "y": y, "total": total, "mean": mean, "var": var,
+        "dx": dx, "dweight": dweight, "dbias": dbias, "dresidual": dresidual,
+    }  # fmt: skip
+
+
+def assert_close(name: str, found: torch.Tensor, wanted: np.ndarray, dtype: torch.dtype, scale: float) -> None:
+    relative, absolute = TOLERANCE[dtype]
+    if found.dtype is torch.float64 and dtype is not torch.float64:
+        # Statistics and sums of values that are exact in their dtype: float32 arithmetic, whatever that is.
+        relative, absolute = TOLERANCE[torch.float32]
+    wanted = wanted.reshape(found.shape)
+    error = np.abs(found.double().numpy() - wanted)
+    allowed = relative * np.abs(wanted) + absolute * max(np.abs(wanted).max(initial=0.0), scale)
+    assert (error <= allowed).all(), f"{name} is off by up to {np.nanmax(error / allowed):.1f} times what is allowed"
+
+
+def assert_right(call: Call) -> None:
+    needs(call)
+    inputs = call.inputs()
+    total = inputs["x"] if inputs["addend"] is None else inputs["x"] + inputs["addend"]
+    wanted = expected(call, inputs, total)
+    before = {name: None if t is None else t.clone() for name, t in inputs.items()}
+    found = run(call, inputs)
+    for name, t in before.items():
+        if t is not None:
+            assert torch.equal(torch.nan_to_num(t), torch.nan_to_num(inputs[name])), f"{name} was written to"
+    assert (found["total"] is inputs["x"]) == (inputs["addend"] is None)
+    assert torch.equal(torch.nan_to_num(found["total"]), torch.nan_to_num(total))
+    # A rounding of x itself moves what is left of it after a large mean was taken off.
+    invstd = 1.0 / np.sqrt(wanted.var.min(initial=1.0) + call.eps)
+    for name in ("y", "dx"):
+        assert found[name].dtype is call.dtype
+        assert_close(name, found[name], getattr(wanted, name), call.dtype, 1.0)
+    assert_close("mean", found["mean"], wanted.mean, call.dtype, 0.0)
+    assert_close("var", found["var"], wanted.var, call.dtype, 0.0)
+    count = inputs["x"].numel() // len(wanted.dbias)
+    for name in ("dweight", "dbias"):
+        assert found[name].dtype is torch.float64
+        assert_close(name, found[name], getattr(wanted, name), call.dtype, count**0.5)
+    if found["dresidual"] is not None:
+        assert_close("dresidual", found["dresidual"], wanted.dresidual, call.dtype, 1.0)
+    assert np.isfinite(invstd)
+
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], bool]] = {
+    "rows": ((5, 1, 1, 37, 1), False),
+    "rows of groups": ((5, 1, 3, 19, 1), False),
+    "short planes": ((3, 1, 2, 5, 7), False),
+    "planes": ((3, 1, 2, 3, 53), False),
+    "last": ((3, 29, 2, 5, 1), False),
+    "last of instances": ((3, 29, 19, 1, 1), False),
+    "positions": ((3, 1, 1, 11, 37), True),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_every_layout_in_every_dtype(layout, dtype):
+    sizes, is_per_position = LAYOUTS[layout]
+    for has in (frozenset(), AFFINE, EVERYTHING):
+        for is_centred in (True, False):
+            assert_right(Call(sizes, is_per_position, dtype, None, is_centred, has=has))
+            assert_right(Call(sizes, is_per_position, dtype, None, is_centred, has=has | {"mask"}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_every_layout_with_an_activation(layout, activation):
+    sizes, is_per_position = LAYOUTS[layout]
+    for has in (frozenset(), AFFINE, EVERYTHING):
+        assert_right(Call(sizes, is_per_position, activation=activation, has=has))
+        assert_right(Call(sizes, is_per_position, activation=activation, has=has | {"mask"}))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation):
+    assert_right(Call((9, 1, 1, 70, 1), activation=activation, has=EVERYTHING))
+    assert_right(Call((9, 1, 1, 70, 1), activation=activation))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_parameters_of_another_dtype_alone_and_with_an_offset(layout):
+    sizes, is_per_position = LAYOUTS[layout]
+    for parameter in (torch.float64, torch.bfloat16):
+        assert_right(Call(sizes, is_per_position, parameter=parameter))
+    for has in (frozenset({"weight"}), frozenset({"bias"})):
+        assert_right(Call(sizes, is_per_position, has=has))
+    assert_right(Call(sizes, is_per_position, offset=1.0))
+    assert_right(Call(sizes, is_per_position, offset=1.0, has=frozenset({"weight"}), is_centred=False))
+
+
+def test_every_width_of_a_row():
+    for width in range(1, 71):
+        assert_right(Call((3, 1, 1, width, 1), has=EVERYTHING))
+
+
+def test_every_length_of_a_run():
+    for length in range(2, 71):
+        assert_right(Call((2, 1, 2, 3, length), has=EVERYTHING))
+        assert_right(Call((2, 1, 2, 3, length), has=EVERYTHING | {"mask"}))
+
+
+def test_every_number_of_channels_last():
+    for width in range(1, 40):
+        assert_right(Call((2, 19, 1, width, 1), has=EVERYTHING))
+        assert_right(Call((2, 19, width, 1, 1), has=EVERYTHING | {"mask"}))
+
+
+def test_every_number_of_positions():
+    for length in range(2, 71):
+        assert_right(Call((2, 1, 1, 5, length), True, has=EVERYTHING))
+        assert_right(Call((2, 1, 1, 5, length), True, has=EVERYTHING | {"mask"}))
+
+
+LARGE = {
+    "rows": ((300, 1, 1, 301, 1), False),
+    "a long row": ((3, 1, 1, 100_003, 1), False),
+    "rows of groups": ((301, 1, 7, 43, 1), False),
+    "short planes": ((40, 1, 8, 32, 9), False),
+    "planes": ((7, 1, 5, 3, 1009), False),
+    "a large group": ((1, 1, 1, 30, 9001), False),
+    "a large plane": ((1, 1, 2, 1, 150_001), False),
+    "last": ((3, 1013, 7, 5, 1), False),
+    "last of instances": ((1, 2003, 70, 1, 1), False),
+    "a large sample, channels last": ((1, 2003, 4, 40, 1), False),
+    "positions": ((2, 1, 1, 97, 1013), True),
+    "many channels at few positions": ((3, 1, 1, 5003, 7), True),
+}
+
+
+@pytest.mark.parametrize("layout", LARGE)
+def test_large_and_with_a_large_mean(layout):
+    sizes, is_per_position = LARGE[layout]
+    assert_right(Call(sizes, is_per_position))
+    assert_right(Call(sizes, is_per_position, is_centred=False, has=frozenset({"weight"})))
+    assert_right(Call(sizes, is_per_position, mean=1e4))
+
+
+@pytest.mark.parametrize("layout", LARGE)
+def test_bits_do_not_depend_on_the_number_of_threads(layout, threads):
+    sizes, is_per_position = LARGE[layout]
+    call = Call(sizes, is_per_position)
+    needs(call)
+    inputs = call.inputs()
+    found = []
+    for n in (1, 2, 3):
+        threads(n)
+        found.append(run(call, inputs))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert value is None or torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_outlier_costs_no_digits(layout):
+    """A pivot that is an outlier would: its distance from the mean enters the sum of squares twice."""
+    sizes, is_per_position = LAYOUTS[layout]
+    call = Call(sizes, is_per_position)
+    needs(call)
+    inputs = call.inputs()
+    inputs["x"][:, :1, :, :1, :1] = 1e4
+    wanted = expected(call, inputs, inputs["x"])
+    found = run(call, inputs)
+    assert_close("var", found["var"], wanted.var, torch.float32, 0.0)
+    assert_close("mean", found["mean"], wanted.mean, torch.float32, 0.0)
+    assert_close("y", found["y"], wanted.y, torch.float32, 1.0)
+
+
+def test_one_value_a_statistic():
+    assert_right(Call((4, 1, 1, 1, 1), mean=3.0))
+    assert_right(Call((4, 1, 6, 1, 1), mean=3.0))
+    assert_right(Call((2, 1, 1, 1, 19), True, mean=3.0))
+
+
+def test_values_that_are_all_the_same_have_no_noise():
+    for sizes, is_per_position in LAYOUTS.values():
+        call = Call(sizes, is_per_position, has=frozenset())
+        needs(call)
+        inputs = call.inputs()
+        inputs["x"] = torch.full(sizes, 12345.678)
+        found = run(call, inputs)
+        assert found["var"].max() < 1e-9
+        assert found["y"].abs().max() < 1e-3
+
+
+def test_not_finite_values_stay_in_their_statistic():
+    for bad in (torch.nan, torch.inf):
+        for sizes, is_per_position in LAYOUTS.values():
+            call = Call(sizes, is_per_position)
+            needs(call)
+            inputs = call.inputs()
+            inputs["x"][1, 0, 0, 0, 0] = bad
+            found = run(call, inputs)
+            is_bad = torch.zeros(call.grouping.statistics, dtype=torch.bool)
+            is_bad[1 * (sizes[4] if is_per_position else sizes[2])] = True
+            assert torch.equal(~torch.isfinite(found["var"]), is_bad)
+            is_bad = is_bad.reshape(call.grouping.statistics_shape).expand(sizes)
+            assert torch.equal(torch.isnan(found["y"]), is_bad)
+            assert torch.equal(torch.isnan(found["dx"]), is_bad)
+
+
+def test_what_it_does_not_take():
+    grouping = SampleGrouping(4, 1, 1, 8, 1)
+    assert numba_sample.why_not(torch.ones(4, 8), grouping) == ""
+    assert "empty" in numba_sample.why_not(torch.ones(0, 8), SampleGrouping(0, 1, 1, 8, 1))
+    assert "int64" in numba_sample.why_not(torch.ones(4, 8, dtype=torch.int64), grouping)
+    assert "meta" in numba_sample.why_not(torch.ones(4, 8, device="meta"), grouping)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_works(threads):
+    threads(2)
+    call = Call((300, 1, 1, 301, 1))
+    needs(call)
+    inputs = call.inputs()
+    wanted = run(call, inputs)
+    child = os.fork()
+    if child == 0:
+        again = run(call, inputs)
+        is_same = all(t is None or torch.equal(t, again[name]) for name, t in wanted.items())
+        os._exit(0 if is_same else 1)
+    assert os.waitpid(child, 0)[1] == 0
