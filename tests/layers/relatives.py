@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steadynorm.layers import FrozenBatchNorm1d, FrozenBatchNorm2d, GhostBatchNorm1d, GhostBatchNorm2d
+from steadynorm.layers import (
+    BatchNorm1d,
+    BatchNorm2d,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    GhostBatchNorm1d,
+    GhostBatchNorm2d,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Relative:
 
 
 RELATIVES = {
+    "debiased": Relative(BatchNorm1d, BatchNorm2d, {"debias": True}),
     "frozen": Relative(FrozenBatchNorm1d, FrozenBatchNorm2d, is_moving=False),
     "ghost": Relative(GhostBatchNorm1d, GhostBatchNorm2d, {"ghost_size": 4}),
 }

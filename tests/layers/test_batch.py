@@ -16,7 +16,7 @@ from tests.agree import assert_agrees
 
 LAYERS = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 NAMES = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d")
-OURS = ("activation", "guard", "single_value")
+OURS = ("activation", "guard", "single_value", "debias")
 SHAPES = {"BatchNorm1d": (6, 4, 5), "BatchNorm2d": (3, 4, 5, 2), "BatchNorm3d": (3, 4, 2, 3, 2)}
 
 
@@ -126,3 +126,67 @@ def test_lazy_refuses_the_wrong_rank_before_it_takes_a_size():
     with pytest.raises(ValueError, match=r"expected \(N, C, H, W\), got \(32, 64\): use BatchNorm1d for \(N, C\)"):
         lazy(torch.randn(32, 64))
     assert lazy.has_uninitialized_params()
+
+
+def debiased(batches, momentum):
+    """What was remembered as torch does it, without the share of the initial 0 and 1: from the closed formula."""
+    mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    for x in batches:
+        mean = mean + momentum * (x.mean((0, 2)) - mean)
+        var = var + momentum * (x.var((0, 2)) - var)
+    left = (1 - momentum) ** len(batches)
+    return mean / (1 - left), (var - left) / (1 - left)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.01, 0.7, 1.0])
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_debiased_statistics_are_those_of_the_batches_alone(steps, momentum):
+    layer = BatchNorm1d(3, momentum=momentum, dtype=torch.float64, debias=True)
+    batches = [torch.randn(6, 3, 5, dtype=torch.float64) * 3 + 7 for _ in range(steps)]
+    for x in batches:
+        layer(x)
+    mean, var = debiased(batches, momentum)
+    torch.testing.assert_close(layer.running_mean, mean, rtol=1e-12, atol=0)
+    torch.testing.assert_close(layer.running_var, var, rtol=1e-12, atol=0)
+    assert layer.num_batches_tracked.item() == steps
+    plain = nn.BatchNorm1d(3, dtype=torch.float64).eval()
+    plain.load_state_dict(layer.state_dict(), strict=True)
+    torch.testing.assert_close(plain(batches[0]), layer.eval()(batches[0]))
+
+
+def test_debiased_after_one_step_evaluates_as_it_trained():
+    layer, plain = BatchNorm1d(3, debias=True), BatchNorm1d(3)
+    x = torch.randn(4000, 3) * 5 + 20
+    y, biased = layer(x), plain(x)
+    torch.testing.assert_close(layer.eval()(x), y, rtol=1e-3, atol=1e-3)
+    assert (plain.eval()(x) - biased).abs().max() > 1, "which is what it is for"
+
+
+def test_debias_counts_only_batches_that_entered():
+    layer, clean = BatchNorm1d(3, debias=True), BatchNorm1d(3, debias=True)
+    for number in range(3):
+        x = torch.randn(6, 3)
+        if number == 0:
+            layer(torch.full((6, 3), torch.nan)), layer(torch.randn(0, 3))
+        layer(x), clean(x)
+    for ours, expected in zip(layer.buffers(), clean.buffers(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0])
+def test_debias_has_no_part_in_a_plain_average_nor_in_none(momentum):
+    layer, plain = BatchNorm1d(3, momentum=momentum, debias=True), BatchNorm1d(3, momentum=momentum)
+    for _ in range(3):
+        x = torch.randn(6, 3)
+        layer(x), plain(x)
+    for ours, expected in zip(layer.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_debias_is_right_after_the_counter_was_reset_by_a_recalibration():
+    layer = BatchNorm1d(3, debias=True)
+    data = [torch.randn(64, 3) * 2 + 5 for _ in range(3)]
+    torch.optim.swa_utils.update_bn(data, model := nn.Sequential(layer))
+    torch.testing.assert_close(layer.running_mean, torch.cat(data).mean(0))
+    model(data[0])
+    torch.testing.assert_close(layer.running_mean, torch.full((3,), 5.0), rtol=0, atol=0.5)

@@ -84,6 +84,7 @@ def test_the_message_names_the_path_of_the_layer():
         ({"activation": "tanh"}, "activation must be one of None, 'relu', .*, 'elu', got 'tanh'"),
         ({"activation": nn.ReLU}, "activation must be one of None, 'relu'"),
         ({"guard": "ignore"}, "guard must be one of 'skip', 'raise', 'propagate', got 'ignore'"),
+        ({"debias": "yes"}, "debias must be one of False, True, got 'yes'"),
         ({"single_value": "skip"}, "single_value must be one of 'error', 'running', got 'skip'"),
     ],
 )

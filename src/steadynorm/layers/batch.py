@@ -29,14 +29,16 @@ class BatchNorm(WideStatistics, Switches):
         "activation": (None, *functional.ACTIVATIONS),
         "guard": ("skip", "raise", "propagate"),
         "single_value": ("error", "running"),
+        "debias": (False, True),
         "normalize_by": (None, "batch", "running"),
         "update_running": (None, True, False),
     }
     # Shown by repr where they are not at their default, which stands on the class.
-    shown: ClassVar[tuple[str, ...]] = ("activation", "guard", "single_value")
+    shown: ClassVar[tuple[str, ...]] = ("activation", "guard", "single_value", "debias")
     activation: str | None = None
     guard: Guard = "skip"
     single_value: SingleValue = "error"
+    debias: bool = False
 
     def __init__(
         self,
@@ -52,16 +54,20 @@ class BatchNorm(WideStatistics, Switches):
         activation: str | None = None,
         guard: Guard = "skip",
         single_value: SingleValue = "error",
+        debias: bool = False,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        self._configure(bias, activation, guard, single_value)
+        self._configure(bias, activation, guard, single_value, debias)
 
-    def _configure(self, bias: bool, activation: str | None, guard: Guard, single_value: SingleValue) -> None:
+    def _configure(
+        self, bias: bool, activation: str | None, guard: Guard, single_value: SingleValue, debias: bool
+    ) -> None:
         if not bias:
             self.register_parameter("bias", None)
         self.activation = activation
         self.guard = guard
         self.single_value = single_value
+        self.debias = debias
         self._check_settings()
         self._widen_statistics()
 
@@ -91,7 +97,12 @@ class BatchNorm(WideStatistics, Switches):
         if isinstance(input, torch.fx.Proxy):
             return as_leaf(self, input, residual=residual, mask=mask, lengths=lengths)
         mask = self._checked(input, mask, lengths)
-        return self._normalize(input, residual, mask, self._running(), self.weight, self.bias)
+        running = self._running()
+        y, moments = self._normalize(input, residual, mask, running, self.weight, self.bias)
+        if running is not None and moments is not None:
+            self._require_finite(running, moments)
+            self._remember(running, moments)
+        return y
 
     def _checked(self, x: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
         """The mask that the call means, after a look at the settings and at everything it brings."""
@@ -107,8 +118,8 @@ class BatchNorm(WideStatistics, Switches):
         running: Running | None,
         weight: Tensor | None,
         bias: Tensor | None,
-    ) -> Tensor:
-        """One batch against one set of running statistics: normalise by what the switches say, and remember."""
+    ) -> tuple[Tensor, Moments | None]:
+        """y by what the switches say, against one set of running statistics; what is to be remembered, if anything."""
         by_batch, updates = self._decide(x, running is not None)
         weight, bias = self._trained(weight), self._trained(bias)
         extras: dict[str, Any] = {"eps": self.eps, "residual": residual, "activation": self.activation, "mask": mask}
@@ -120,9 +131,7 @@ class BatchNorm(WideStatistics, Switches):
             y = normalize.normalize_running(x, running.mean, running.var, weight, bias, **extras)
             if updates:
                 moments = functional.moments(x, mask)
-        if updates and running is not None:
-            self._remember(running, moments)
-        return y
+        return y, moments if updates else None
 
     def _by_batch(
         self, x: Tensor, running: Running | None, weight: Tensor | None, bias: Tensor | None, extras: dict[str, Any]
@@ -155,14 +164,17 @@ class BatchNorm(WideStatistics, Switches):
         # Fewer than two values say nothing about a variance.
         return by_batch, updates and has_running and values > 1
 
-    def _remember(self, running: Running, moments: Moments) -> None:
+    def _require_finite(self, running: Running, moments: Moments) -> None:
         # Inside a functional transform there is no one value to look at; functional.update_running_ steps aside too.
-        if self.guard == "raise" and not torch._C._are_functorch_transforms_active():
-            if torch.compiler.is_compiling():
-                torch.ops.steadynorm.require_finite(moments.mean, moments.var, running.mean, checks.name(self))
-            else:
-                require_finite(moments.mean, moments.var, lambda: checks.name(self))
-        update_(running, moments, self.momentum, guard=self.guard != "propagate")
+        if self.guard != "raise" or torch._C._are_functorch_transforms_active():
+            return
+        if torch.compiler.is_compiling():
+            torch.ops.steadynorm.require_finite(moments.mean, moments.var, running.mean, checks.name(self))
+        else:
+            require_finite(moments.mean, moments.var, lambda: checks.name(self))
+
+    def _remember(self, running: Running, moments: Moments) -> None:
+        update_(running, moments, self.momentum, guard=self.guard != "propagate", debias=self.debias)
 
     def _check_input_dim(self, input: Tensor) -> None:
         checks.check_input(self, input, self.ranks, self.num_features)
@@ -221,6 +233,8 @@ class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
             "raise": an error that names the layer and the channel; "propagate": it spoils them, as in torch.nn.
         single_value: what one value per channel does in training. "error": an error that names the layer and the
             probable cause; "running": the running statistics normalise and do not move.
+        debias: the running statistics are an average of batches alone, without the 0 and 1 they start from: that of
+            batch t gets the weight momentum / (1 − (1 − momentum)^t). For evaluation after a few steps.
 
     Source: Ioffe & Szegedy, Batch Normalization (2015), Algorithm 1.
     """

@@ -26,9 +26,10 @@ class LazyBatchNorm(_LazyNormBase, BatchNorm):
         activation: str | None = None,
         guard: Guard = "skip",
         single_value: SingleValue = "error",
+        debias: bool = False,
     ) -> None:
         super().__init__(eps, momentum, affine, track_running_stats, device, dtype)
-        self._configure(bias, activation, guard, single_value)
+        self._configure(bias, activation, guard, single_value, debias)
 
     def initialize_parameters(self, input: Tensor, *args: Any, **kwargs: Any) -> None:
         """Take num_features from `input` (N, C, *); what else the call brings plays no part."""
