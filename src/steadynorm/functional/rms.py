@@ -38,7 +38,8 @@ def normalize_rms(
         return F.rms_norm(x if wide.dtype == x.dtype else wide, x.shape[x.dim() - dims :], weight, eps), x
     late = _late_weight(x, weight, convention)
     dense, grouping = grouping_.layer(wide, dims)
-    settings = Settings(grouping, eps, is_centred=False, weight_offset=float(convention == "gemma"))
+    offset = 1.0 if convention == "gemma" and weight is not None else 0.0
+    settings = Settings(grouping, eps, is_centred=False, weight_offset=offset)
     y, total, *_ = normalize_sample(dense, None if late else weight, None, settings, addend=addend)
     if convention == "t5" and weight is not None and weight.dtype in HALF:
         y = y.to(weight.dtype)
