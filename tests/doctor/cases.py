@@ -186,12 +186,25 @@ def poisoned(bn):
     bn.running_mean[3] = torch.nan
 
 
+def poisoned_all(bn):
+    bn.running_mean.fill_(torch.nan)
+
+
+def drowned(bn):
+    """A mean far above the data: nothing gets through the activation after it."""
+    bn.running_mean.add_(100)
+
+
 def negative(bn):
     bn.running_var[2] = -0.5
 
 
 def of(code: str, *paths: str) -> frozenset[tuple[str, str]]:
     return frozenset((code, path) for path in paths)
+
+
+def _both(code: str, path: str) -> frozenset[tuple[str, str]]:
+    return of(code, path) | of("SN801", "block1")
 
 
 FAULTS = [
@@ -249,7 +262,19 @@ FAULTS = [
         of("SN801", "1"),
     ),
     Case("leak behind a zero gamma", leak_in_zero_branch, of("SN801", "block1")),
+    Case("leak behind a stale layer", lambda: _leak_and("stem.1", drowned), _both("SN203", "stem.1")),
+    Case("leak before a stale layer", lambda: _leak_and("block2.bn1", drowned), _both("SN203", "block2.bn1")),
+    Case("leak behind a broken layer", lambda: _leak_and("stem.1", poisoned_all), _both("SN202", "stem.1")),
 ]
+
+
+def _leak_and(path, change):
+    """Two faults: the first block normalises by its batch for good, and the statistics of one layer are changed."""
+    model = trained()
+    model.block1.__class__ = HardCoded
+    with torch.no_grad():
+        change(model.get_submodule(path))
+    return model
 
 
 def _reset_two():

@@ -132,6 +132,40 @@ def test_parameters_without_values_are_an_error():
         doctor.examine(nn.Conv2d(1, 3, 3, device="meta"), images())
 
 
+@pytest.mark.parametrize(
+    "name", ["leak behind a stale layer", "leak before a stale layer", "leak behind a broken layer"]
+)
+def test_what_a_leak_does_is_measured_as_if_it_were_alone(name):
+    """A layer whose stale statistics let nothing through would hide the leak, or what it does."""
+
+    def leak(name):
+        case = next(case for case in cases.FAULTS if case.name == name)
+        (found,) = cases.diagnosis(case).facts.leaks
+        return found
+
+    alone, masked = leak("hard-coded training=True"), leak(name)
+    assert alone.recalibrated == 0
+    assert masked.recalibrated == 1
+    assert alone.effect.distance > 0.005
+    assert masked.effect.distance == pytest.approx(alone.effect.distance, rel=0.25)
+    assert masked.effect.loss == pytest.approx(alone.effect.loss, rel=0.25)
+    assert masked.output_change == pytest.approx(alone.output_change, rel=0.25)
+    assert masked.change == pytest.approx(alone.change, rel=0.25)
+
+
+def test_a_leak_is_measured_the_same_when_its_rule_is_asked_for_alone():
+    case = next(case for case in cases.FAULTS if case.name == "leak behind a stale layer")
+    with recipe.seeded(0):
+        model = case.make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = doctor.examine(
+        model, case.batches, train_batches=case.train_batches, loss=case.loss, metrics=digits.metrics, select=["SN801"]
+    )
+    assert result.facts.leaks == cases.diagnosis(case).facts.leaks
+    assert [finding.code for finding in result.findings] == ["SN801"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_loader_is_read_once_and_its_generator_stays_where_it_was():
     generator = torch.Generator().manual_seed(3)
     data = TensorDataset(*digits.data()["test"])

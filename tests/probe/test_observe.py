@@ -73,7 +73,7 @@ def test_only_the_wanted_parts_are_looked_at():
 
 
 def test_an_error_of_our_own_is_not_blamed_on_the_model(monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise TypeError("ours")
 
     monkeypatch.setattr(probe.isolation, "leaks", broken)
@@ -125,7 +125,7 @@ def test_progress_counts_up_to_its_end():
     [
         (("state",), True, ["state"]),
         (("forward",), True, ["state", "forward", "dead_biases"]),
-        (("isolation",), False, ["state", "forward", "isolation"]),
+        (("isolation",), False, ["state", "forward", "recalibrate", "isolation"]),
         (("drift",), False, ["state", "forward", "recalibrate", "drift"]),
         (("training",), True, ["state", "forward", "recalibrate", "training"]),
         (("training",), False, ["state", "forward"]),

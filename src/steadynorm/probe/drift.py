@@ -57,6 +57,11 @@ class Recalibration:
         found = {path: self.pooled(path) if half is None else self.halves[path][half] for path in paths}
         return {path: (m.mean, m.unbiased_var) for path, m in found.items()}
 
+    def refreshed(self, paths: Iterable[str]) -> Statistics:
+        """Statistics of all the data for those of `paths` where they are finite."""
+        found = self.statistics(paths)
+        return {path: pair for path, pair in found.items() if all(bool(t.isfinite().all()) for t in pair)}
+
     def values(self, path: str) -> Values:
         """How many values stand behind one statistic."""
         rows, per_row = self.rows_per_sample[path], self.values_per_row[path]

@@ -174,6 +174,7 @@ class Leak:
         output_change: the same of the model's output; 0 where the leak is hidden so far.
         is_confirmed: whether NaN put into the other samples reaches the sample in the same module.
         effect: of giving samples of the evaluation data other batch mates.
+        recalibrated: how many layers had stale statistics and were given those of the data for all of this.
     """
 
     path: str
@@ -182,6 +183,7 @@ class Leak:
     output_change: float
     is_confirmed: bool
     effect: Effect | None = None
+    recalibrated: int = 0
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,17 @@ class _Recorder(Watcher):
 
 
 def leaks(
-    model: nn.Module, batches: Sequence[Any], forward: Forward, task: effects.Task = effects.UNJUDGED
+    model: nn.Module,
+    batches: Sequence[Any],
+    forward: Forward,
+    task: effects.Task = effects.UNJUDGED,
+    *,
+    recalibrated: int = 0,
 ) -> tuple[Leak, ...]:
     """The innermost modules in which a sample meets its batch mates.
+
+    Args:
+        recalibrated: how many layers of the model the caller has given other statistics; recorded in each leak.
 
     Raises:
         NotPossible: the samples cannot be told apart, or the model takes another way for other data.
@@ -107,6 +115,7 @@ def leaks(
             output_change=hidden if hidden > floors[-1] else 0.0,
             is_confirmed=first[i].path in tainted,
             effect=effect,
+            recalibrated=recalibrated,
         )
         for i, change in sorted(sources.items())
     )

@@ -43,6 +43,8 @@ def check(facts: Facts) -> Iterator[Finding]:
             "change of the model's output for it": leak.output_change,
             "second witness, NaN": "agrees" if leak.is_confirmed else "none",
         }
+        if leak.recalibrated:
+            evidence["stale layers, recalibrated for this"] = leak.recalibrated
         consequence = "later layers hide it so far"
         if is_visible:
             consequence = f"it moves the model's output by up to {leak.output_change:.1%}"
