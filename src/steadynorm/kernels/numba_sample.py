@@ -128,7 +128,7 @@ def _plan(settings: Settings, is_backward: bool) -> Plan:
     )
 
 
-def _affine(settings: Settings, products: int) -> dict[str, int]:
+def _affine(settings: Settings, products: int) -> dict[str, Any]:
     """How the sums of the parts are added."""
     parameters = settings.grouping.groups * settings.grouping.channels
     tasks = 1 if products < SERIAL_BELOW else 4 * settings.threads
@@ -151,7 +151,7 @@ def _plan_rows(settings: Settings, is_backward: bool) -> Plan:
         and columns >= LANES
     )
     values[at.IS_PREPARED] = is_prepared
-    affine: dict[str, int] = {}
+    affine: dict[str, Any] = {}
     narrow = (width + LANES) * lane
     if is_backward:
         tasks = _tasks_backward(samples, width)
@@ -193,7 +193,7 @@ def _plan_planes(settings: Settings, is_backward: bool) -> Plan:
     tasks = -(-units // block)
     threads = 1 if units * count < SERIAL_BELOW else min(settings.threads, max(tasks, units * splits))
     slot = 16 if is_backward else 24 * splits
-    affine: dict[str, int] = {}
+    affine: dict[str, Any] = {}
     if is_backward and (samples * cuts > 1 or not settings.needs_affine):
         values |= {at.PARTS: samples, at.REPEATED: cuts}
         affine = _affine(settings, units * channels * cuts)
@@ -226,7 +226,7 @@ def _plan_last(settings: Settings, is_backward: bool) -> Plan:
     threads = 1 if samples * count < SERIAL_BELOW else min(settings.threads, max(tasks, samples * splits))
     values |= {at.UNITS: samples, at.SPLITS: splits, at.BLOCK: block, at.TASKS: tasks}
     values |= {at.WORKER_BYTES: slot, at.SLOT_BYTES: slot}
-    affine: dict[str, int] = {}
+    affine: dict[str, Any] = {}
     if is_backward and (samples > 1 or not settings.needs_affine):
         values[at.PARTS] = samples
         affine = _affine(settings, samples * columns)
@@ -260,7 +260,7 @@ def _plan_positions(settings: Settings, is_backward: bool) -> Plan:
     )
     values[at.WORKER_BYTES] = worker
     threads = 1 if samples * channels * inner < SERIAL_BELOW else min(settings.threads, tasks)
-    affine: dict[str, int] = {}
+    affine: dict[str, Any] = {}
     if is_backward and (tasks > 1 or not settings.needs_affine):
         values[at.PARTS] = tasks
         affine = _affine(settings, tasks * channels)
