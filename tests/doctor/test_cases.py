@@ -30,9 +30,11 @@ def test_the_loss_before_and_after_is_that_of_the_swapped_layer():
     broken = next(case for case in FAULTS if case.name == "shifted block1.bn2")
     harmed, healthy = diagnosis(broken), diagnosis(HEALTHY[0])
     evidence = harmed.findings[0].evidence
+    assert "change of the class probabilities" in evidence
+    assert "the same by chance" in evidence
     unharmed = healthy.facts.training_gap.loss[1]
-    assert evidence["loss before"] > 3 * evidence["loss after"]
-    assert evidence["loss after"] == pytest.approx(unharmed, abs=0.1)
+    assert evidence["loss, as stored"] > 3 * evidence["loss, recalibrated"]
+    assert evidence["loss, recalibrated"] == pytest.approx(unharmed, abs=0.1)
 
 
 def test_the_effect_of_a_layer_is_its_own_where_several_are_stale():

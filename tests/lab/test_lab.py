@@ -4,12 +4,15 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from steadynorm import lab, recipe
 from steadynorm.errors import InputError, RecipeError
 from steadynorm.lab.store import Store
+from steadynorm.report import Document, terminal
 from tests.lab.toy import TOY
 
 
@@ -153,7 +156,7 @@ def test_a_study_shows_itself(written, store):
     for series in chart.series:
         assert all(low <= y <= high for low, y, high in zip(series.low, series.y, series.high, strict=True))
     assert [row[:2] for row in table.rows] == [
-        [n, s] for n, sizes in (("batch norm", [8, 32]), ("group norm", [1, 8, 32])) for s in sizes
+        [n, s] for n, sizes in (("batch", [8, 32]), ("group", [1, 8, 32])) for s in sizes
     ]
     texts = " ".join(getattr(block, "text", "") for block in document.blocks)
     assert "batch size 32, in proportion to the batch size" in texts
@@ -161,6 +164,18 @@ def test_a_study_shows_itself(written, store):
     assert document.facts["recipe"] == "toy"
     assert document.facts["cpu"]
     assert json.loads(json.dumps(study.to_dict(), allow_nan=False))["schema_version"] == 1
+
+
+def test_the_table_of_cells_fits_a_terminal_of_80_columns(written, store):
+    study = run(written(), store, batch_sizes=[2, 32], seeds=2)
+    table = study.document().blocks[1]
+    stream = StringIO()
+    terminal.show(Document("t", "s", blocks=[table]), Console(file=stream, width=80))
+    rows = [line for line in stream.getvalue().splitlines() if line.startswith(("batch ", "group "))]
+    assert len(rows) == 4  # no row goes on in a second line
+    assert all(row.split()[0] in ("batch", "group") and row.split()[1] in ("2", "32") for row in rows)
+    assert all("within" not in line or "within noise" in line for line in stream.getvalue().splitlines())
+    assert "0.003125" in stream.getvalue()  # the learning rate itself, not a rounding of it
 
 
 KILLED = """

@@ -124,7 +124,7 @@ def _advice(code: str) -> str:
     return next((advice_of(rule).rstrip(".") for rule in RULES if code_of(rule) == code), "")
 
 
-LAYER_COLUMNS = ("layer", "kind", "values per statistic", "independent values", "divergence", "threshold")
+LAYER_COLUMNS = ("layer", "kind", "values", "independent", "divergence", "threshold")
 
 
 def _layer_rows(facts: Facts) -> list[tuple[Cell, ...]]:
@@ -152,7 +152,11 @@ def _layers(facts: Facts) -> list[Block]:
         return []
     note = "Divergence: of the stored statistics from those of the data (Jeffreys, mean over channels)."
     if facts.train_batches:
-        note += f" Values: in a training batch of {max(facts.train_batches.sizes, default=0)} samples."
+        size = max(facts.train_batches.sizes, default=0)
+        note += (
+            f" Values: behind each statistic in a training batch of {size} samples; those of one sample resemble each "
+            "other, and are worth as many independent ones."
+        )
     blocks: list[Block] = [Table("Normalization layers", LAYER_COLUMNS, rows, note)]
     if len(facts.drift) > 1:
         blocks.append(_chart(facts))

@@ -3,16 +3,17 @@
 from steadynorm.probe.facts import Effect
 
 
-def as_evidence(effect: Effect, before: str = "before", after: str = "after") -> dict[str, float | int | str]:
+def as_evidence(effect: Effect, before: str = "as stored", after: str = "recalibrated") -> dict[str, float | int | str]:
     """The numbers of an effect by name; `before` and `after` are what its two sides are called."""
-    named: dict[str, float | int | str] = {"samples": effect.samples, "distance of the outputs": effect.distance}
+    what = "change of the output, in deviations" if effect.changed is None else "change of the class probabilities"
+    named: dict[str, float | int | str] = {"samples": effect.samples, what: effect.distance}
     if effect.null is not None:
-        named["distance by chance"] = effect.null
+        named["the same by chance"] = effect.null
     if effect.changed is not None:
         named["predictions that change"] = effect.changed
     for name, pair in (("loss", effect.loss), (effect.metric_name, effect.metric)):
         if pair is not None:
-            named |= {f"{name} {before}": pair[0], f"{name} {after}": pair[1]}
+            named |= {f"{name}, {before}": pair[0], f"{name}, {after}": pair[1]}
     return named
 
 

@@ -94,7 +94,7 @@ class Study:
                 same = [row for row in self.rows if row["parameters"] == {"norm": curve.norm, "batch_size": size}]
                 rows.append(
                     [
-                        NAMES[curve.norm],
+                        curve.norm,
                         size,
                         fmean(values),
                         point.deviation,
@@ -102,11 +102,22 @@ class Study:
                         max(values),
                         self._standing(curve, size),
                         self.budget.steps_at(size),
-                        self.budget.lr_at(size),
+                        f"{self.budget.lr_at(size):.4g}",
                         fmean(row["seconds"] for row in same),
                     ]
                 )
-        columns = ["norm", "batch size", metric, "±", "lowest", "highest", "standing", "steps", "lr", "seconds"]
+        columns = [
+            "norm",
+            "batch size",
+            metric,
+            "±",
+            "lowest seed",
+            "highest seed",
+            "standing",
+            "steps",
+            "lr",
+            "seconds",
+        ]
         return Table(f"Test {metric} of every cell", columns, rows, "Standing: among the batch sizes of the same norm.")
 
     def _standing(self, curve: Curve, size: int) -> str:
@@ -121,9 +132,10 @@ class Study:
         floored = [size for size in sizes if self.budget.steps_at(size) * size > self.budget.samples + size]
         exception = f" (batch size {', '.join(map(str, floored))}: more, for {MIN_STEPS} steps)" if floored else ""
         return (
-            f"Every cell saw {self.budget.samples:,} training samples{exception}, so a small batch took more steps: "
-            f"{self.budget.steps} at batch size {REFERENCE_BATCH_SIZE}. The learning rate was {self.budget.lr:g} at "
-            f"batch size {REFERENCE_BATCH_SIZE}, {SCALING_TEXTS[self.budget.lr_scaling]}, and fell to 0 over the run. "
+            f"Every cell saw {self.budget.samples:,} training samples{exception}, so that a small batch took more steps "
+            f"than a large one: {self.budget.steps} at batch size {REFERENCE_BATCH_SIZE}. The learning rate was "
+            f"{self.budget.lr:g} at batch size {REFERENCE_BATCH_SIZE}, {SCALING_TEXTS[self.budget.lr_scaling]}, and fell "
+            "to 0 over the run. "
             "These are short trainings with one learning rate for all norms: they rank, they do not replace a long one."
         )
 
