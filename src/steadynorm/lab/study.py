@@ -132,10 +132,10 @@ class Study:
         floored = [size for size in sizes if self.budget.steps_at(size) * size > self.budget.samples + size]
         exception = f" (batch size {', '.join(map(str, floored))}: more, for {MIN_STEPS} steps)" if floored else ""
         return (
-            f"Every cell saw {self.budget.samples:,} training samples{exception}, so that a small batch took more steps "
-            f"than a large one: {self.budget.steps} at batch size {REFERENCE_BATCH_SIZE}. The learning rate was "
-            f"{self.budget.lr:g} at batch size {REFERENCE_BATCH_SIZE}, {SCALING_TEXTS[self.budget.lr_scaling]}, and fell "
-            "to 0 over the run. "
+            f"Every cell saw {self.budget.samples:,} training samples{exception}, so that a small batch took more "
+            f"steps than a large one: {self.budget.steps} at batch size {REFERENCE_BATCH_SIZE}. The learning rate was "
+            f"{self.budget.lr:g} at batch size {REFERENCE_BATCH_SIZE}, {SCALING_TEXTS[self.budget.lr_scaling]}, and "
+            "fell to 0 over the run. "
             "These are short trainings with one learning rate for all norms: they rank, they do not replace a long one."
         )
 
