@@ -37,6 +37,15 @@ def test_the_loss_before_and_after_is_that_of_the_swapped_layer():
     assert evidence["loss, recalibrated"] == pytest.approx(unharmed, abs=0.1)
 
 
+def test_a_batch_of_one_is_told_in_the_words_that_pytorch_stops_with():
+    case = next(case for case in FAULTS if case.name == "last batch of 1")
+    (finding,) = (finding for finding in diagnosis(case).findings if finding.code == "SN101")
+    model = case.make().train()
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        model(list(case.train_batches())[-1][0])
+    assert "Expected more than 1 value per channel when training" in finding.message
+
+
 def test_the_effect_of_a_layer_is_its_own_where_several_are_stale():
     two = next(case for case in FAULTS if case.name == "two reset")
     facts = diagnosis(two).facts

@@ -43,7 +43,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             where=path,
             message=(
                 f"{which} holds {smallest} sample{'s' if smallest > 1 else ''}, which leaves this layer one value per "
-                "channel: training stops there with an error."
+                "channel: training stops there (Expected more than 1 value per channel when training)."
             ),
             evidence={"samples": smallest, "values per statistic": values.per_sample * smallest},
             fix=Fix(
