@@ -94,16 +94,12 @@ def doctor(
                 loaded, batch_size=batch_size, seed=seed, select=wanted, ignore=unwanted, on_progress=advance
             )
             document, data = diagnosis.document(), diagnosis.to_dict()
-            if fix is not None:
+        if fix is not None:
+            with working(f"repair {recipe}"):
                 repair = repaired.repair(
                     model, diagnosis, loaded, fix, batch_size=batch_size, select=wanted, ignore=unwanted
                 )
-                document, data, diagnosis = (
-                    repair.document(document),
-                    {**data, "repair": repair.to_dict()},
-                    repair.after,
-                )
-        if fix is not None:
+            document, data, diagnosis = repair.document(document), {**data, "repair": repair.to_dict()}, repair.after
             say(f"the repaired weights are in {fix}.")
         result.write([document], data, document.title)
         raise typer.Exit(CLEAN if diagnosis.is_clean else FINDINGS)

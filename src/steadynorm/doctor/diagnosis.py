@@ -154,8 +154,8 @@ def _layers(facts: Facts) -> list[Block]:
     if facts.train_batches:
         size = max(facts.train_batches.sizes, default=0)
         note += (
-            f" Values: behind each statistic in a training batch of {size} samples; those of one sample resemble each "
-            "other, and are worth as many independent ones."
+            f" Values: behind each statistic in a training batch of {size} samples. Independent: how many unrelated "
+            "values these are worth, since values of one sample resemble each other."
         )
     blocks: list[Block] = [Table("Normalization layers", LAYER_COLUMNS, rows, note)]
     if len(facts.drift) > 1:
