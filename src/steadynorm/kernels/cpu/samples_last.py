@@ -55,12 +55,6 @@ def slot_of(c: Any, columns: Any) -> Any:
     return c if c < columns - end or columns < LANES else c + LANES - end
 
 
-def part_bytes(columns: int, lane: int) -> int:
-    """Bytes of a part: its head, its pivots, two narrow rows and two wide ones."""
-    width = columns // LANES * LANES + LANES
-    return HEAD + 3 * width * lane + 2 * width * 8
-
-
 def _make_places(storage: Storage) -> Any:
     """Of a part: its first and last row; where its head, pivots, narrow and wide sums are."""
     lane = storage.lane_bytes
