@@ -118,6 +118,10 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tup
     settings = ctx.settings
     normalized, *_ = _compose(total, weight, bias, None, mask, settings._replace(activation=None))
     g = dy
+    if mask is not None:
+        # First, since zero times what padding holds may be NaN.
+        g = _where_valid(g, mask, settings.grouping)
+        residual = None if residual is None else _where_valid(residual, mask, settings.grouping)
     if y is not None:
         # Piecewise linear: the slope is a constant on the side of the output.
         side = y.detach().requires_grad_()
@@ -126,9 +130,6 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tup
     elif settings.activation is not None:
         z = normalized if residual is None else normalized + residual
         (g,) = torch.autograd.grad(ACTIVATIONS[settings.activation](z), z, g, create_graph=True)
-    if mask is not None:
-        # Last: what a residual holds in the padding has just been multiplied by.
-        g = _where_valid(g, mask, settings.grouping)
     needs_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
     needs = (needs_dx, *ctx.needs_input_grad[2:4])
     wanted = [t for t, needed in zip((total, weight, bias), needs, strict=True) if needed]

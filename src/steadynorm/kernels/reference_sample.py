@@ -49,6 +49,8 @@ def compose_sample(
     valid = _spread_mask(mask, grouping)
     if valid is not None:
         values = torch.where(valid, values, 0)
+        # Left out here, not at the end: a derivative at NaN is NaN, also when zero is what it is multiplied by.
+        residual = None if residual is None else torch.where(valid, residual.reshape(grouping.sizes), 0)
     centred, mean, var = _centre(values, valid, grouping) if is_centred else _mean_square(values, valid, grouping)
     normalized = centred * _invstd(var, values, eps, is_centred)
     z = _before_activation(normalized, grouping, weight, bias, residual, weight_offset)
