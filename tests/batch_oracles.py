@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from tests import oracles
 from tests.oracles import Array, Expectation, Forward, Gradients, Mask, backward, ema, forward, moments, unbiased
 
 Given = tuple[Array, Array] | None
@@ -99,3 +100,43 @@ def ghost(
         running_mean = ema(running_mean, mean, momentum)
         running_var = ema(running_var, unbiased(var, count), momentum)
     return Expectation(dataclasses.replace(ahead, count=count), running_mean, running_var, gradients)
+
+
+def renorm(
+    x,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    training,
+    momentum,
+    eps,
+    *,
+    residual=None,
+    activation=None,
+    mask=None,
+    rmax,
+    dmax,
+):
+    """y = act(weight · (x̂ · r + d) + bias + residual), with r and d constants in the gradients."""
+    options = {"residual": residual, "activation": activation, "mask": mask}
+    if not training:
+        return oracles.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps, **options)
+    mean, var, count = moments(x, mask)
+    deviation = np.sqrt(running_var + eps)
+    r = np.clip(np.sqrt(var + eps) / deviation, 1 / rmax, rmax)
+    d = np.clip((mean - running_mean) / deviation, -dmax, dmax)
+    weight, bias = (value if value is not None else other for value, other in ((weight, 1 + 0 * r), (bias, 0 * r)))
+    plain = forward(x, weight=weight * r, bias=bias + weight * d, eps=eps, **options)
+    valid = oracles.everywhere(mask, x)
+    corrected = np.where(valid, plain.x_hat * oracles.spread(r, x.ndim) + oracles.spread(d, x.ndim), 0.0)
+
+    def gradients(dy: Array) -> Gradients:
+        found = backward(dy, plain, weight=weight * r, activation=activation, mask=mask)
+        return dataclasses.replace(found, dweight=oracles.total(found.dresidual * corrected, valid))
+
+    # Sizes of numbers are those after the correction.
+    ahead = dataclasses.replace(plain, x_hat=corrected, invstd=plain.invstd * r * (1 + np.abs(plain.x_hat).max()))
+    return Expectation(
+        ahead, ema(running_mean, mean, momentum), ema(running_var, unbiased(var, count), momentum), gradients
+    )

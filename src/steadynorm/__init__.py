@@ -16,6 +16,9 @@ if typing.TYPE_CHECKING:
     from steadynorm.layers import BatchNorm1d as BatchNorm1d
     from steadynorm.layers import BatchNorm2d as BatchNorm2d
     from steadynorm.layers import BatchNorm3d as BatchNorm3d
+    from steadynorm.layers import BatchRenorm1d as BatchRenorm1d
+    from steadynorm.layers import BatchRenorm2d as BatchRenorm2d
+    from steadynorm.layers import BatchRenorm3d as BatchRenorm3d
     from steadynorm.layers import ChannelLayerNorm as ChannelLayerNorm
     from steadynorm.layers import FrozenBatchNorm1d as FrozenBatchNorm1d
     from steadynorm.layers import FrozenBatchNorm2d as FrozenBatchNorm2d
@@ -35,6 +38,7 @@ if typing.TYPE_CHECKING:
     from steadynorm.layers import LazyInstanceNorm1d as LazyInstanceNorm1d
     from steadynorm.layers import LazyInstanceNorm2d as LazyInstanceNorm2d
     from steadynorm.layers import LazyInstanceNorm3d as LazyInstanceNorm3d
+    from steadynorm.layers import RenormLimits as RenormLimits
     from steadynorm.layers import RMSNorm as RMSNorm
     from steadynorm.layers import initialize_weight_norm_ as initialize_weight_norm_
     from steadynorm.layers import make_plain as make_plain
@@ -48,6 +52,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
     "ChannelLayerNorm",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
@@ -68,6 +75,7 @@ __all__ = [
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
     "RMSNorm",
+    "RenormLimits",
     "__version__",
     "backend",
     "doctor",

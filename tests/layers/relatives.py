@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from steadynorm.layers import (
     BatchNorm1d,
     BatchNorm2d,
+    BatchRenorm1d,
+    BatchRenorm2d,
     FrozenBatchNorm1d,
     FrozenBatchNorm2d,
     GhostBatchNorm1d,
@@ -35,8 +37,16 @@ class Relative:
         return make(3, **self.options, **options)
 
 
+def beyond_the_limits(layer: nn.Module) -> None:
+    """Where r and d are at their limits whatever x is, so that they are constants to a finite difference too."""
+    if layer.training:
+        layer.running_mean.fill_(50)
+        layer.running_var.fill_(0.01)
+
+
 RELATIVES = {
     "debiased": Relative(BatchNorm1d, BatchNorm2d, {"debias": True}),
     "frozen": Relative(FrozenBatchNorm1d, FrozenBatchNorm2d, is_moving=False),
+    "renorm": Relative(BatchRenorm1d, BatchRenorm2d, {"limits": (3.0, 5.0)}, settle=beyond_the_limits),
     "ghost": Relative(GhostBatchNorm1d, GhostBatchNorm2d, {"ghost_size": 4}),
 }

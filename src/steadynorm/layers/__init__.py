@@ -15,6 +15,7 @@ from steadynorm.layers.instance import (
 )
 from steadynorm.layers.layer import ChannelLayerNorm, LayerNorm
 from steadynorm.layers.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from steadynorm.layers.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, RenormLimits
 from steadynorm.layers.rms import RMSNorm
 from steadynorm.layers.weight import (
     initialize_weight_norm_,
@@ -28,6 +29,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
     "ChannelLayerNorm",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
@@ -48,6 +52,7 @@ __all__ = [
     "LazyInstanceNorm2d",
     "LazyInstanceNorm3d",
     "RMSNorm",
+    "RenormLimits",
     "initialize_weight_norm_",
     "make_plain",
     "spectral_norm",
