@@ -78,12 +78,20 @@ def make_columns(storage: Storage) -> Any:
     is_double = storage.is_double
 
     @inlined
-    def sum_of(sums: Any, c: Any, tasks: Any, apart: Any, group: Any, fold: Any) -> Any:
-        """A sum of channel `c` over the blocks, `apart` bytes from each other, and over rows that were taken as one."""
-        total = 0.0
-        for task in range(tasks):
-            for k in range(fold):
-                total += load_f64(sums + task * apart + (k * group + c) * 8)
+    def add_blocks(sums: Any, count: Any, tasks: Any, apart: Any) -> Any:
+        """Add the sums of all blocks, `apart` bytes from each other, to those of the first."""
+        for o in range(sums, sums + count * 8, SUM):
+            total = load_v64(o)
+            for task in range(1, tasks):
+                total = total + load_v64(o + task * apart)
+            store_vector(o, total)
+
+    @inlined
+    def sum_of(sums: Any, c: Any, group: Any, fold: Any) -> Any:
+        """A sum of channel `c` over rows that were taken as one."""
+        total = load_f64(sums + c * 8)
+        for k in range(1, fold):
+            total += load_f64(sums + (k * group + c) * 8)
         return total
 
     @inlined
@@ -105,11 +113,13 @@ def make_columns(storage: Storage) -> Any:
         dweight, dbias = load_i64(args + at.DWEIGHT * 8), load_i64(args + at.DBIAS * 8)
         sums, columns = load_i64(args + at.SCRATCH * 8), load_i64(args + at.COLUMNS * 8)
         width = padded(group * fold)
-        apart, other = 2 * width * (8 + lane), width * 8
+        other = width * 8
+        if stages & (TO_MOMENTS | TO_SUMS):
+            add_blocks(sums, 2 * width, tasks, 2 * width * (8 + lane))
         for c in range(group):
             if stages & TO_MOMENTS:
-                shift = sum_of(sums, c, tasks, apart, group, fold) * per_count
-                var = sum_of(sums + other, c, tasks, apart, group, fold) * per_count - shift * shift
+                shift = sum_of(sums, c, group, fold) * per_count
+                var = sum_of(sums + other, c, group, fold) * per_count - shift * shift
                 if var < 0.0:
                     var = 0.0
                 store_f64(means + c * 8, first_lane(widen(load_splat(x + c * size))) + shift)
@@ -120,8 +130,8 @@ def make_columns(storage: Storage) -> Any:
             high = mean if is_double else numba.float64(numba.float32(mean))
             rest, invstd = mean - high, 1.0 / square_root_of(var + eps)
             if stages & TO_SUMS:
-                total = sum_of(sums, c, tasks, apart, group, fold)
-                products = sum_of(sums + other, c, tasks, apart, group, fold)
+                total = sum_of(sums, c, group, fold)
+                products = sum_of(sums + other, c, group, fold)
                 store_f64(dbias + c * 8, total)
                 store_f64(dweight + c * 8, (products - rest * total) * invstd)
             if stages & TO_COEFFICIENTS:
@@ -176,15 +186,9 @@ def make_statistics(storage: Storage) -> Any:
     flush, load_lanes, lane = _make_flush(storage), storage.load_lanes, storage.lane_bytes
 
     @inlined
-    def add(row: Any, j: Any, left: Any, pivots: Any, narrow: Any, width: Any) -> Any:
-        total, squares = load_lanes(narrow + j * lane), load_lanes(narrow + (width + j) * lane)
-        if left >= LANES:
-            value = load(row + j * size) - load(pivots + j * size)
-        else:
-            pivot = load_first(pivots + j * size, left, splat(0.0))
-            value = load_first(row + j * size, left, pivot) - pivot
-        store_vector(narrow + j * lane, total + value)
-        store_vector(narrow + (width + j) * lane, fma(value, value, squares))
+    def add(value: Any, narrow: Any, width: Any) -> Any:
+        store_vector(narrow, load_lanes(narrow) + value)
+        store_vector(narrow + width, fma(value, value, load_lanes(narrow + width)))
 
     @inlined
     def block(args: Any, task: Any, first: Any, rows: Any, columns: Any) -> Any:
@@ -194,9 +198,15 @@ def make_statistics(storage: Storage) -> Any:
         x, pivots = load_i64(args + at.X * 8) + first * stride, load_i64(args + at.PIVOT * 8)
         if columns * size == stride:
             clear(sums, narrow, width, lane)
+        whole, wide = columns - columns % LANES, width * lane
         for done in range(rows):
-            for j in range(0, columns, LANES):
-                add(x + done * stride, j, columns - j, pivots, narrow, width)
+            row = x + done * stride
+            for j in range(0, whole, LANES):
+                add(load(row + j * size) - load(pivots + j * size), narrow + j * lane, wide)
+            if whole < columns:
+                pivot = load_first(pivots + whole * size, columns - whole, splat(0.0))
+                value = load_first(row + whole * size, columns - whole, pivot) - pivot
+                add(value, narrow + whole * lane, wide)
             if done % ROWS_ADDED == ROWS_ADDED - 1:
                 flush(narrow, sums, width)
         flush(narrow, sums, width)
