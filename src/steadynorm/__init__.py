@@ -40,6 +40,7 @@ if typing.TYPE_CHECKING:
     from steadynorm.layers import LazyInstanceNorm3d as LazyInstanceNorm3d
     from steadynorm.layers import RenormLimits as RenormLimits
     from steadynorm.layers import RMSNorm as RMSNorm
+    from steadynorm.layers import StepBatchNorm1d as StepBatchNorm1d
     from steadynorm.layers import initialize_weight_norm_ as initialize_weight_norm_
     from steadynorm.layers import make_plain as make_plain
     from steadynorm.layers import spectral_norm as spectral_norm
@@ -76,6 +77,7 @@ __all__ = [
     "LazyInstanceNorm3d",
     "RMSNorm",
     "RenormLimits",
+    "StepBatchNorm1d",
     "__version__",
     "backend",
     "doctor",

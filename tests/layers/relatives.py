@@ -17,6 +17,7 @@ from steadynorm.layers import (
     FrozenBatchNorm2d,
     GhostBatchNorm1d,
     GhostBatchNorm2d,
+    StepBatchNorm1d,
 )
 
 
@@ -49,4 +50,5 @@ RELATIVES = {
     "frozen": Relative(FrozenBatchNorm1d, FrozenBatchNorm2d, is_moving=False),
     "renorm": Relative(BatchRenorm1d, BatchRenorm2d, {"limits": (3.0, 5.0)}, settle=beyond_the_limits),
     "ghost": Relative(GhostBatchNorm1d, GhostBatchNorm2d, {"ghost_size": 4}),
+    "step": Relative(StepBatchNorm1d, None, {"steps": 3}, lambda x: {"step": 1}),
 }

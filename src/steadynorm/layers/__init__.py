@@ -17,6 +17,7 @@ from steadynorm.layers.layer import ChannelLayerNorm, LayerNorm
 from steadynorm.layers.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from steadynorm.layers.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, RenormLimits
 from steadynorm.layers.rms import RMSNorm
+from steadynorm.layers.step import StepBatchNorm1d
 from steadynorm.layers.weight import (
     initialize_weight_norm_,
     make_plain,
@@ -53,6 +54,7 @@ __all__ = [
     "LazyInstanceNorm3d",
     "RMSNorm",
     "RenormLimits",
+    "StepBatchNorm1d",
     "initialize_weight_norm_",
     "make_plain",
     "spectral_norm",
