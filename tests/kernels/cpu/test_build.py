@@ -46,6 +46,33 @@ def test_compiled_once_and_kept(folder, maker):
     assert maker.asked == 1
 
 
+def test_processes_that_begin_together_compile_once(folder, tmp_path):
+    """As the ranks of one machine do: the first compiles, the others wait for what it has made."""
+    made = tmp_path / "made"
+    code = (
+        "import sys, time, pathlib\n"
+        "from steadynorm.kernels.cpu import build\n"
+        "def make():\n"
+        f"    with open({str(made)!r}, 'a') as file: file.write('x')\n"
+        "    time.sleep(1)\n"
+        "    def kernel(arguments):\n"
+        "        pass\n"
+        "    return kernel\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "build.load('nothing', make)(0)\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    ranks = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(3)]
+    for rank in ranks:
+        assert rank.stdout.readline() == "ready\n"
+    for rank in ranks:
+        rank.communicate("go\n", timeout=100)
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    assert made.read_text() == "x"
+    assert [path.suffix for path in folder.iterdir()] == [".o"]
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
 def test_a_file_cut_short_is_made_again(folder, maker, kept):
     """In a process of its own: LLVM given half an object file ends the process."""

@@ -14,14 +14,20 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 HERE = Path(__file__).parent
 ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -61,9 +67,33 @@ def load(name: str, make: Callable[[], Callable[[int], None]]) -> Any:
     path = cache_folder() / f"{name}-{_fingerprint()}.o"
     code = _kept(path)
     if code is None:
-        code = _compile(make(), name)
-        _keep(path, code)
+        with _alone(path):
+            code = _kept(path)
+            if code is None:
+                code = _compile(make(), name)
+                _keep(path, code)
     return ENTRY(_link(code, name))
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Wait for another process that is compiling the same kernel: the ranks of one machine all begin with it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_suffix(".lock"), "ab")  # noqa: SIM115
+    except OSError:
+        yield
+        return
+    with lock:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Who still waits has it open, and finds the code when its turn comes.
+            with suppress(OSError):
+                os.unlink(lock.name)
 
 
 def _compile(kernel: Callable[[int], None], name: str) -> bytes:
