@@ -43,6 +43,8 @@ if typing.TYPE_CHECKING:
     from steadynorm.layers import StepBatchNorm1d as StepBatchNorm1d
     from steadynorm.layers import initialize_weight_norm_ as initialize_weight_norm_
     from steadynorm.layers import make_plain as make_plain
+    from steadynorm.layers import norm_layer as norm_layer
+    from steadynorm.layers import recompute_outputs as recompute_outputs
     from steadynorm.layers import spectral_norm as spectral_norm
     from steadynorm.layers import weight_norm as weight_norm
     from steadynorm.layers import weight_standardization as weight_standardization
@@ -89,6 +91,8 @@ __all__ = [
     "lab",
     "layers",
     "make_plain",
+    "norm_layer",
+    "recompute_outputs",
     "repair",
     "spectral_norm",
     "weight_norm",
@@ -99,7 +103,7 @@ __all__ = [
 _HOMES = {"backend": "kernels", "keep_freed_memory": "kernels.cpu.memory", "examine": "doctor", "repair": "doctor"}
 _HOMES |= {name: "layers" for name in __all__ if name[0].isupper()}
 _ON_WEIGHTS = ("initialize_weight_norm_", "make_plain", "spectral_norm", "weight_norm", "weight_standardization")
-_HOMES |= dict.fromkeys(_ON_WEIGHTS, "layers")
+_HOMES |= dict.fromkeys((*_ON_WEIGHTS, "norm_layer", "recompute_outputs"), "layers")
 
 if not typing.TYPE_CHECKING:
 

@@ -4,7 +4,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from steadynorm.errors import InputError
-from steadynorm.lab.axes import ChannelScale, grid, group_count, set_norm
+from steadynorm.lab.axes import ChannelScale, grid, set_norm
+from steadynorm.layers.factory import group_count
 
 
 def convnet():

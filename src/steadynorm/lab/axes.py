@@ -11,11 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from steadynorm import models
 from steadynorm.errors import InputError
-
-# Wu & He, Group Normalization (2018), table 3: 32 groups are best, and so are 16 channels in each; one channel in each
-# is instance norm, which is worse. Small networks have too few channels for either: 4 in each keeps them apart from it.
-MAX_GROUPS = 32
-MIN_CHANNELS_PER_GROUP = 4
+from steadynorm.layers.factory import group_count
 
 
 @dataclass(frozen=True)
@@ -92,12 +88,6 @@ def set_norm(model: nn.Module, norm: str) -> nn.Module:
         _ensure_plain(path, old)
         model = models.replace(model, old, _taking_over(old, make(old)))
     return model
-
-
-def group_count(channels: int) -> int:
-    """The largest divisor of `channels` that is at most 32 and leaves at least 4 channels a group; 1 if none does."""
-    most = min(MAX_GROUPS, channels // MIN_CHANNELS_PER_GROUP)
-    return max((groups for groups in range(1, most + 1) if channels % groups == 0), default=1)
 
 
 def _group(old: _BatchNorm) -> nn.Module:

@@ -1,6 +1,7 @@
 """Normalization layers: subclasses of torch.nn's own, with the same signatures and the same state_dict."""
 
 from steadynorm.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from steadynorm.layers.factory import norm_layer
 from steadynorm.layers.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from steadynorm.layers.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from steadynorm.layers.group import GroupNorm
@@ -17,6 +18,7 @@ from steadynorm.layers.layer import ChannelLayerNorm, LayerNorm
 from steadynorm.layers.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from steadynorm.layers.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, RenormLimits
 from steadynorm.layers.rms import RMSNorm
+from steadynorm.layers.saving import recompute_outputs
 from steadynorm.layers.step import StepBatchNorm1d
 from steadynorm.layers.weight import (
     initialize_weight_norm_,
@@ -57,6 +59,8 @@ __all__ = [
     "StepBatchNorm1d",
     "initialize_weight_norm_",
     "make_plain",
+    "norm_layer",
+    "recompute_outputs",
     "spectral_norm",
     "weight_norm",
     "weight_standardization",
