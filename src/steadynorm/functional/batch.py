@@ -7,13 +7,14 @@ transforms (vmap, grad, jvp), for forward-mode derivatives, for the backward pas
 dtypes the same formula runs as plain differentiable PyTorch (`kernels.reference.compose`).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from steadynorm import grouping as grouping_
+from steadynorm import kernels
 from steadynorm.errors import DegenerateStatisticsError, InputError
 from steadynorm.grouping import Grouping, dense_like
 from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, ops, reference
@@ -22,11 +23,20 @@ from steadynorm.moments import Moments
 OPS = torch.ops.steadynorm
 
 
-class _Normalize(torch.autograd.Function):
-    """Normalise, add, activate; with given statistics, or with those of `x`, which are taken where they are None.
+class _Settings(NamedTuple):
+    """What a call of `_Normalize` does with its tensors."""
 
-    Statistics are constants to the backward pass or, not `is_constant`, functions of `x`.
-    """
+    grouping: Grouping
+    eps: float
+    activation: str | None
+    is_constant: bool
+    """Whether statistics are constants to the backward pass, or functions of `x`."""
+    found: list[Tensor] | None
+    """Where mean and var go. None when the call is traced: a graph has no place for them but among the outputs."""
+
+
+class _Normalize(torch.autograd.Function):
+    """Normalise, add, activate; with given statistics, or with those of `x`, which are taken where they are None."""
 
     @staticmethod
     def forward(
@@ -38,15 +48,11 @@ class _Normalize(torch.autograd.Function):
         mask: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
-        settings: tuple[Grouping, float, str | None, bool],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grouping, eps, activation, _ = ctx.settings = settings
-        flat = None if mask is None else mask.reshape(grouping[0], grouping[2])
-        run = OPS if ops.is_traced(x) else ops
-        if mean is not None and var is not None:
-            y = run.normalize(x, *grouping, mean, var, weight, bias, residual, flat, eps, activation)
-        else:
-            y, mean, var = run.forward(x, *grouping, weight, bias, residual, flat, eps, activation)
+        settings: _Settings,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        ctx.settings = settings
+        y, mean, var = _forward(x, weight, bias, residual, mask, mean, var, settings)
+        activation = settings.activation
         ctx.has_residual = residual is not None
         takes_output = ctx.has_residual and activation in FROM_OUTPUT
         ctx.save_for_backward(
@@ -59,56 +65,81 @@ class _Normalize(torch.autograd.Function):
             mean,
             var,
         )
-        ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
-        return y, mean, var
+        if settings.found is None:
+            ctx.mark_non_differentiable(mean, var)
+            return y, mean, var
+        settings.found.extend((mean, var))
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
             return (None,) * 8
-        x, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
-        grouping, eps, activation, is_constant = ctx.settings
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, dy)
-        dy = dense_like(dy, x)
-        flat = None if mask is None else mask.reshape(grouping[0], grouping[2])
-        needs_dresidual = ctx.has_residual and ctx.needs_input_grad[3]
+        x, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
+        grouping, eps, activation, is_constant, _ = ctx.settings
+        if dy.stride() != x.stride():
+            dy = dense_like(dy, x)
+        needs = ctx.needs_input_grad
+        needs_dresidual = ctx.has_residual and needs[3]
+        dresidual: Tensor | None = None
         if needs_dresidual and activation is None and mask is None:
-            needs_dresidual = False
-            dresidual: Tensor | None = dy
+            needs_dresidual, dresidual = False, dy
+        flat = _flat(mask, grouping)
+        rest = (mean, var, weight, bias, residual, y, flat, eps, activation, is_constant, needs_dresidual)
+        if ops.is_traced(x):
+            dx, dweight, dbias, g = OPS.backward(dy, x, *grouping, *rest)
         else:
-            dresidual = None
-        run = OPS if ops.is_traced(x) else ops
-        dx, dweight, dbias, g = run.backward(
-            dy,
-            x,
-            *grouping,
-            mean,
-            var,
-            weight,
-            bias,
-            residual,
-            y,
-            flat,
-            eps,
-            activation,
-            is_constant,
-            needs_dresidual,
-        )
+            dx, dweight, dbias, g = kernels.choose(x, masked=mask is not None).backward(dy, x, grouping, *rest)
         return (
-            dx if ctx.needs_input_grad[0] else None,
-            dweight.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-            dbias.to(bias.dtype) if ctx.needs_input_grad[2] else None,
+            dx if needs[0] else None,
+            dweight.to(weight.dtype) if needs[1] else None,
+            dbias.to(bias.dtype) if needs[2] else None,
             g if needs_dresidual else dresidual,
             *(None,) * 4,
         )
 
 
+_apply: Any = super(torch.autograd.Function, _Normalize).apply
+"""`_Normalize.apply` less its looking for functional transforms, which `_runs_composed` has done: 4 of 10 µs."""
+
+
+def _flat(mask: Tensor | None, grouping: Grouping) -> Tensor | None:
+    """A mask (N, *) as kernels take it."""
+    return None if mask is None else mask.reshape(grouping.outer, grouping.inner)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    settings: _Settings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and var: from the ops in a traced call, else from the backend itself."""
+    grouping, eps, activation, _, found = settings
+    rest = (weight, bias, residual, _flat(mask, grouping), eps, activation)
+    if found is None:
+        if mean is not None and var is not None:
+            return OPS.normalize(x, *grouping, mean, var, *rest), mean, var
+        y, mean, var = OPS.forward(x, *grouping, *rest)
+        return y, mean, var
+    backend = kernels.choose(x, masked=mask is not None)
+    if mean is not None and var is not None:
+        return backend.normalize(x, grouping, mean, var, *rest), mean, var
+    y, mean, var = backend.forward(x, grouping, *rest)
+    return y, mean, var
+
+
 def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The backward pass as a function that can itself be differentiated, to any order."""
     x, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
-    _, eps, activation, is_constant = ctx.settings
+    _, eps, activation, is_constant, _ = ctx.settings
     statistics = (mean, var) if is_constant else None
     normalized, *_ = reference.compose(x, weight, bias, None, mask, eps, None, statistics)
     g = dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0)
@@ -144,27 +175,49 @@ def _normalize(
     mask: Tensor | None,
     is_constant: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Check, choose how to run, and run; `statistics` are constants or, not `is_constant`, those of `x`."""
+    """Check, choose how to run, and run; `statistics` are constants or, not `is_constant`, those of `x`.
+
+    Returns: y, and mean and var, detached.
+    """
     if activation is not None and activation not in ACTIVATIONS:
         raise InputError(f"activation got {activation!r}, expected None or one of {', '.join(ACTIVATIONS)}.")
     if residual is not None and residual.shape != x.shape:
         raise InputError(f"residual got shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}.")
-    _check_mask(x, mask)
+    if mask is not None:
+        _check_mask(x, mask)
     if _runs_composed(x, residual):
-        return reference.compose(x, weight, bias, residual, mask, eps, activation, statistics if is_constant else None)
+        kept = statistics if is_constant else None
+        y, *found = reference.compose(x, weight, bias, residual, mask, eps, activation, kept)
+        return y, found[0].detach(), found[1].detach()
     x, grouping = grouping_.batch(x)
     if residual is not None:
         residual = dense_like(residual, x)
-    mean = var = None
+    is_recorded = torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    mean: Tensor | None = None
+    var: Tensor | None = None
     if statistics is not None:
         # Copies: what the backward pass reads must not move with the running statistics.
-        mean, var = (t.detach().to(reference.statistics_dtype(x), copy=True) for t in statistics)
-    return _Normalize.apply(x, weight, bias, residual, mask, mean, var, (grouping, eps, activation, is_constant))
+        mean, var = (t.detach().to(reference.statistics_dtype(x), copy=is_recorded) for t in statistics)
+    tensors = (x, weight, bias, residual, mask, mean, var)
+    if ops.is_traced(x):
+        y, *found = _Normalize.apply(*tensors, _Settings(grouping, eps, activation, is_constant, None))
+        return y, found[0].detach(), found[1].detach()
+    found = []
+    settings = _Settings(grouping, eps, activation, is_constant, found)
+    if not is_recorded:
+        return _forward(*tensors, settings)
+    y = _apply(*tensors, settings)
+    return y, found[0], found[1]
 
 
-def _check_mask(x: Tensor, mask: Tensor | None) -> None:
+def _check_mask(x: Tensor, mask: Tensor) -> None:
     expected = (x.shape[0], *x.shape[2:])
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != expected):
+    if mask.dtype != torch.bool or mask.shape != expected:
         raise InputError(
             f"mask got shape {tuple(mask.shape)} and {mask.dtype}, expected {expected} and torch.bool: True is valid."
         )
@@ -184,14 +237,14 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         x: (N, C, *), floating point, any memory order.
         mask: (N, *) bool, True where a value is valid.
     """
-    _check_mask(x, mask)
+    if mask is not None:
+        _check_mask(x, mask)
     x = x.detach()
     if _runs_composed(x, None):
         _, mean, var = reference.compose(x, None, None, None, mask, 1.0, None)
     else:
         x, grouping = grouping_.batch(x)
-        flat = None if mask is None else mask.reshape(grouping.outer, grouping.inner)
-        mean, var = (OPS if ops.is_traced(x) else ops).moments(x, *grouping, flat)
+        mean, var = (OPS if ops.is_traced(x) else ops).moments(x, *grouping, _flat(mask, grouping))
     return Moments(mean, var, _count(x, mask))
 
 
@@ -234,7 +287,7 @@ def normalize_batch(
         statistics = moments.mean, moments.var
     y, mean, var = _normalize(x, weight, bias, statistics, eps, residual, activation, mask, is_constant=False)
     count = _count(x, mask) if moments is None else moments.count
-    return y, Moments(mean.detach(), var.detach(), count)
+    return y, Moments(mean, var, count)
 
 
 def normalize_running(
@@ -275,10 +328,12 @@ def update_running_(
     """
     if torch._C._are_functorch_transforms_active():
         return
+    if not ops.is_traced(running_mean):
+        ops.move_(running_mean, running_var, moments, momentum, num_batches_tracked, guard)
+        return
     count = moments.count
     plain, tensor = (0, count) if isinstance(count, Tensor) else (count, None)
-    run = OPS if ops.is_traced(running_mean) else ops
-    run.update_running_(
+    OPS.update_running_(
         running_mean, running_var, num_batches_tracked, moments.mean, moments.var, tensor, plain, momentum, guard
     )
 

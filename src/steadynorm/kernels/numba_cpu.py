@@ -7,36 +7,25 @@ activation, on first use, and kept on disk.
 import ctypes
 import math
 from functools import cache, lru_cache
-from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, NamedTuple
+from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steadynorm.grouping import Grouping
-from steadynorm.kernels import reference
+from steadynorm.kernels import numba_small, reference
+from steadynorm.kernels.batch_plans import SERIAL_BELOW as SERIAL_BELOW
+from steadynorm.kernels.batch_plans import STORAGE as STORAGE
+from steadynorm.kernels.batch_plans import STREAMED_RUN as STREAMED_RUN
+from steadynorm.kernels.batch_plans import compiled, last_level_cache, plan
 from steadynorm.kernels.cpu import arguments as at
 from steadynorm.kernels.cpu import build
 from steadynorm.kernels.cpu.memory import empty_like
 from steadynorm.moments import Moments
 
-STORAGE = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-
-SERIAL_BELOW = 1 << 16  # values; a parallel region costs about as much as 20,000 values
-PLANE_BLOCK = 64 << 10  # bytes of neighbouring groups in one task: 16 KiB cost up to 1.4 times as much, 128 KiB no less
-TASKS_PER_THREAD = 3  # at least, so that no thread waits long for the last one
-STREAMED_RUN = 8 << 10  # bytes; shorter runs are streamed only if they are whole lines: shared lines cost twice as much
-ROW_BLOCK = 1 << 18  # values in one task of rows
-MOST_ROW_BLOCKS = 256
-FOLDED_COLUMNS = 256  # rows are folded up to this many columns
-FOLD_BELOW = 64  # channels; from here on a row fills its vectors well enough
+_last_level_cache = last_level_cache
 SMOOTH = frozenset({"hardswish", "silu", "gelu", "elu"})  # whose g is cheaper to keep than to compute again
 
 
@@ -45,7 +34,7 @@ def why_not(x: Tensor | None = None, *, masked: bool = False) -> str:
     missing = _missing()
     if missing or x is None:
         return missing
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"the tensor is on {x.device}"
     if x.dtype not in STORAGE:
         return f"the tensor is {x.dtype}"
@@ -60,87 +49,6 @@ def why_not(x: Tensor | None = None, *, masked: bool = False) -> str:
 def _missing() -> str:
     absent = [name for name in ("numba", "llvmlite") if find_spec(name) is None]
     return f"{' and '.join(absent)} not installed" if absent else ""
-
-
-@cache
-def _last_level_cache() -> int:
-    """Bytes of the largest cache of the first core, or 32 MiB where the system does not say."""
-    sizes = [32 << 20]
-    folder = Path("/sys/devices/system/cpu/cpu0/cache")
-    try:
-        found = [(path / "size").read_text().strip() for path in folder.glob("index*")]
-        sizes = [int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]] for text in found] or sizes
-    except (OSError, ValueError, KeyError):
-        pass
-    return max(sizes)
-
-
-MAKERS = {
-    "planes_forward": ("planes", "make_forward"),
-    "planes_backward": ("planes", "make_backward"),
-    "rows_columns": ("rows", "make_columns"),
-    "rows_statistics": ("rows", "make_statistics"),
-    "rows_normalize": ("rows", "make_normalize"),
-    "rows_sums": ("rows", "make_sums"),
-    "rows_input": ("rows", "make_input"),
-    "running_update": ("running", "make_update"),
-}
-
-
-@cache
-def _kernel(kind: str, dtype: torch.dtype, *variant: str | bool | None) -> Any:
-    """A compiled kernel by name, for one dtype and one variant of its maker: what it need not ask while it runs."""
-    module, maker = MAKERS[kind]
-
-    def make() -> Any:
-        from steadynorm.kernels.cpu.simd import STORAGES
-
-        return getattr(import_module(f"steadynorm.kernels.cpu.{module}"), maker)(STORAGES[STORAGE[dtype]], *variant)
-
-    return build.load("_".join([kind, STORAGE[dtype], *map(str, variant)]), make)
-
-
-class Plan(NamedTuple):
-    """What a call does that depends on sizes only."""
-
-    template: bytes
-    tasks: int
-    threads: int
-    scratch_bytes: int
-    fold: int
-    is_streamable: bool  # whether an output is written in whole lines of memory, if it starts at one
-
-
-@lru_cache(maxsize=1024)
-def _plan(grouping: Grouping, dtype: torch.dtype, eps: float, is_given: bool, threads: int) -> Plan:
-    outer, group, inner = grouping
-    values: dict[int, int | float] = {at.EPS: float(eps), at.GROUP: group, at.INNER: inner}
-    values[at.PER_COUNT] = 0.0 if is_given else 1.0 / grouping.values_per_group
-    size = dtype.itemsize
-    if outer * group * inner < SERIAL_BELOW:
-        threads = 1
-    fold = 1
-    if grouping.is_rows:
-        if group < FOLD_BELOW:
-            fold = max(1, min(FOLDED_COLUMNS // group, outer))
-        rows, columns = outer // fold, group * fold
-        tasks = max(1, min(-(-rows * columns // ROW_BLOCK), MOST_ROW_BLOCKS, rows))
-        block = -(-rows // tasks)
-        tasks = -(-rows // block)
-        width = -(-columns // 16) * 16
-        values |= {at.OUTER: rows, at.EXTRA: outer % fold * group, at.FOLD: fold}
-        is_streamable = columns % 16 == 0
-        # The coefficients come first; see Call.
-        lane = 8 if size == 8 else 4
-        scratch = 5 * width * lane + tasks * 2 * width * (8 + lane)
-    else:
-        is_streamable = inner * size >= STREAMED_RUN or inner % 16 == 0
-        block = max(1, min(PLANE_BLOCK // (inner * size), group // (TASKS_PER_THREAD * threads)))
-        tasks = -(-group // block)
-        values[at.OUTER] = outer
-        scratch = min(threads, tasks) * block * at.SLOT_BYTES
-    values |= {at.BLOCK: block, at.TASKS: tasks}
-    return Plan(at.template(values), tasks, min(threads, tasks), scratch, fold, is_streamable)
 
 
 class Call:
@@ -158,23 +66,18 @@ class Call:
         is_given: bool = False,
     ) -> None:
         self.x, self.is_rows = x, grouping.is_rows
-        self.plan = plan = _plan(grouping, x.dtype, eps, is_given, torch.get_num_threads())
-        self.integers = values = at.Integers.from_buffer_copy(plan.template)
+        self.plan = made = plan(grouping, x.dtype, eps, is_given, torch.get_num_threads())
+        self.integers = values = at.Integers.from_buffer_copy(made.template)
         self.address = ctypes.addressof(values)
-        scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8)
+        scratch = torch.empty(made.scratch_bytes, dtype=torch.uint8)
         self.alive = [scratch]
         values[at.X] = values[at.PIVOT] = x.data_ptr()
-        values[at.SCRATCH] = scratch.data_ptr()
-        if self.is_rows:
-            columns = scratch.data_ptr()
-            width = -(-grouping.group * plan.fold // 16) * 16
-            values[at.COLUMNS] = columns
-            values[at.SCRATCH] = columns + 5 * width * (8 if x.dtype is torch.float64 else 4)
-            if plan.fold > 1:
-                first_row = torch.as_strided(x, (grouping.group,), (1,), x.storage_offset())
-                pivots = first_row.repeat(plan.fold)
-                self.alive.append(pivots)
-                values[at.PIVOT] = pivots.data_ptr()
+        values[at.COLUMNS], values[at.SCRATCH] = scratch.data_ptr(), scratch.data_ptr() + made.columns_bytes
+        if made.fold > 1:
+            first_row = torch.as_strided(x, (grouping.group,), (1,), x.storage_offset())
+            pivots = first_row.repeat(made.fold)
+            self.alive.append(pivots)
+            values[at.PIVOT] = pivots.data_ptr()
         if weight is not None:
             self._parameter(at.WEIGHT, at.WEIGHT_BYTES, weight)
         if bias is not None:
@@ -202,16 +105,21 @@ class Call:
         """Launch a kernel on this call's threads."""
         self.integers[at.TICKET] = self.integers[at.WORKERS] = 0
         self.integers[at.STAGES] = stages
-        build.run(_kernel(kind, self.x.dtype, *variant), self.address, self.plan.threads)
+        build.run(compiled(kind, self.x.dtype, *variant), self.address, self.plan.threads)
 
     def columns(self, stages: int) -> None:
         """Do the rows' work between the sweeps."""
         self.integers[at.STAGES] = stages
-        _kernel("rows_columns", self.x.dtype)(self.address)
+        compiled("rows_columns", self.x.dtype)(self.address)
 
 
 def _statistics(group: int) -> tuple[Tensor, Tensor]:
     return torch.empty(group, dtype=torch.float64), torch.empty(group, dtype=torch.float64)
+
+
+def _is_small(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a fused call is for `numba_small`."""
+    return x.numel() < SERIAL_BELOW and numba_small.takes(weight) and numba_small.takes(bias)
 
 
 def _take_moments(call: Call, mean: Tensor, var: Tensor) -> None:
@@ -271,6 +179,8 @@ def forward(
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See the contract in `steadynorm.kernels`."""
+    if _is_small(x, weight, bias):
+        return numba_small.forward(x, grouping, weight, bias, residual, eps, activation)
     call = Call(x, grouping, eps, weight, bias)
     mean, var = _statistics(grouping.group)
     _take_moments(call, mean, var)
@@ -393,19 +303,23 @@ def backward(
     needs_dresidual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See the contract in `steadynorm.kernels`."""
-    call = Call(x, grouping, eps, weight, bias, is_given)
     mean, var = mean.double().contiguous(), var.double().contiguous()
+    dresidual = empty_like(x) if needs_dresidual else None
+    keeps_g = activation is not None and (activation in SMOOTH or residual is not None or y is not None)
+    variant = activation, _side(activation, residual, y), needs_dresidual or keeps_g
+    if _is_small(x, weight, bias):
+        side = residual if y is None else y
+        found = numba_small.backward(dy, x, grouping, mean, var, weight, bias, side, eps, is_given, variant, dresidual)
+        return *found, dresidual
+    call = Call(x, grouping, eps, weight, bias, is_given)
     dweight, dbias = _begin_backward(call, dy, mean, var, residual, y)
     dx = empty_like(x)
     call.point(at.DX, dx)
-    dresidual = empty_like(x) if needs_dresidual else None
-    keeps_g = activation is not None and (activation in SMOOTH or residual is not None or y is not None)
     g = dresidual if dresidual is not None else (dx if keeps_g else None)
     call.point(at.G, g)
     # What was just read is written over: streaming stores would only push it out of the cache first.
     if g is not dx:
         call.set_streaming(dx, 3 + 2 * (g is not None))
-    variant = activation, _side(activation, residual, y), g is not None
     if grouping.is_rows:
         call.columns(at.TO_COEFFICIENTS)
         call.run("rows_sums", 0, *variant)
@@ -426,33 +340,45 @@ def ema_(
     guard: bool = True,
 ) -> None:
     """See `steadynorm.moments.ema_`."""
-    dtype = running_mean.dtype
-    is_plain = (
-        isinstance(batch.count, int)
-        and batch.mean.dtype is torch.float64
-        and batch.var.dtype is torch.float64
-        and batch.mean.is_contiguous()
-        and batch.var.is_contiguous()
-        and running_var.dtype is dtype
-        and (dtype is torch.float32 or dtype is torch.float64)
-        and running_mean.is_contiguous()
-        and running_var.is_contiguous()
-        and (num_batches_tracked is not None or momentum is not None)
-        and (num_batches_tracked is None or num_batches_tracked.dtype is torch.int64)
-    )
-    if not is_plain:
+    count = batch.count
+    if not _is_plain(running_mean, running_var, batch, momentum, num_batches_tracked):
         reference.ema_(running_mean, running_var, batch, momentum, num_batches_tracked=num_batches_tracked, guard=guard)
         return
-    if batch.count == 0:
+    if count == 0:
         return
-    values = at.Integers()
-    floats = at.Floats.from_buffer(values)
+    values, floats, address = _update_arguments(get_ident())
     values[at.GROUP] = running_mean.numel()
     values[at.X], values[at.Y] = running_mean.data_ptr(), running_var.data_ptr()
     values[at.WEIGHT_BYTES] = running_mean.element_size()
     values[at.MEAN], values[at.VAR] = batch.mean.data_ptr(), batch.var.data_ptr()
     values[at.COUNTER] = 0 if num_batches_tracked is None else num_batches_tracked.data_ptr()
     values[at.GUARDS] = guard
-    floats[at.COUNT] = float(batch.count)
+    floats[at.COUNT] = count
     floats[at.MOMENTUM] = math.nan if momentum is None else momentum
-    _kernel("running_update", torch.float64)(ctypes.addressof(values))
+    compiled("running_update", torch.float64)(address)
+
+
+@lru_cache(maxsize=64)
+def _update_arguments(thread: int) -> tuple[Any, Any, int]:
+    """A thread's own arguments for the kernel of `ema_`: as integers, as floats, and where they are."""
+    values = at.Integers()
+    return values, at.Floats.from_buffer(values), ctypes.addressof(values)
+
+
+def _is_plain(
+    running_mean: Tensor, running_var: Tensor, batch: Moments, momentum: float | None, counter: Tensor | None
+) -> bool:
+    """Whether the kernel of `ema_` can read all of this where it is."""
+    dtype, mean, var = running_mean.dtype, batch.mean, batch.var
+    return (
+        type(batch.count) is int
+        and mean.dtype is torch.float64
+        and var.dtype is torch.float64
+        and mean.is_contiguous()
+        and var.is_contiguous()
+        and running_var.dtype is dtype
+        and (dtype is torch.float32 or dtype is torch.float64)
+        and running_mean.is_contiguous()
+        and running_var.is_contiguous()
+        and (momentum is not None if counter is None else counter.dtype is torch.int64)
+    )

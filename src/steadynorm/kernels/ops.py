@@ -1,7 +1,7 @@
 """The kernels as torch ops, so that `torch.compile` and `torch.export` keep each as one node.
 
 `torch.ops.steadynorm.*` picks a backend for every call; fake tensors get the shapes only. The ops know nothing of
-autograd: functional.py differentiates around them. Outside of tracing the functions here are called as they are.
+autograd: functional differentiates around them, and outside of tracing calls a backend without them.
 """
 
 import torch
@@ -188,14 +188,25 @@ def update_running_(
     momentum: float | None,
     guard: bool,
 ) -> None:
+    """`move_` as an op: the parts of the Moments one by one."""
+    batch = Moments(mean, var, plain_count if count is None else count)
+    move_(running_mean, running_var, batch, momentum, num_batches_tracked, guard)
+
+
+def move_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch: Moments,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+    guard: bool,
+) -> None:
     """Move running statistics towards a batch, unless a backward pass is computing it again."""
     # Recomputation under activation checkpointing runs inside the backward pass, and its batch was counted already.
     if torch._C._current_graph_task_id() != -1:
         return
-    batch = Moments(mean, var, plain_count if count is None else count)
-    kernels.choose(mean).ema_(
-        running_mean, running_var, batch, momentum, num_batches_tracked=num_batches_tracked, guard=guard
-    )
+    backend = kernels.choose(batch.mean)
+    backend.ema_(running_mean, running_var, batch, momentum, num_batches_tracked=num_batches_tracked, guard=guard)
 
 
 def _statistics_like(x: Tensor, group: int) -> Tensor:
