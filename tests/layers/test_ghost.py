@@ -38,7 +38,9 @@ def through_the_layer(
     return functional_call(layer.train(training), given, (x,), {"residual": residual, "mask": mask})
 
 
-@pytest.mark.parametrize("case", [*CASES[::2], RAGGED, cases.BY_NAME["plain, evaluation"]], ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES[::2], RAGGED, cases.BY_NAME["bfloat16 parameters"], cases.BY_NAME["plain, evaluation"]], ids=str
+)
 def test_agrees_with_the_formulas(case):
     oracle = functools.partial(batch_oracles.ghost, sizes=sizes_of(case.shape[0]))
     assert_agrees(through_the_layer, oracle, case)

@@ -10,7 +10,7 @@ from steadynorm.errors import InputError
 from steadynorm.grouping import is_channels_last
 from steadynorm.layers import checks
 from steadynorm.layers.batch import BatchNorm
-from steadynorm.layers.running import Running
+from steadynorm.layers.running import Running, wide
 from steadynorm.moments import Moments, merge
 
 
@@ -78,6 +78,7 @@ def _normalize_slices(
     mask: Tensor | None,
 ) -> tuple[Tensor, Moments]:
     """`functional.normalize_batch` slice by slice, and the merged Moments of the slices."""
+    weight, bias = (None if t is None else wide(t) for t in (weight, bias))
     ys, parts = [], []
     # One split instead of many slices: its backward is one concatenation.
     for part, also, valid in zip(*(_split(t, sizes) for t in (x, residual, mask)), strict=True):

@@ -48,6 +48,11 @@ class WideStatistics(nn.Module):
                 self._buffers[name] = buffer.float()
 
 
+def wide(parameter: Tensor) -> Tensor:
+    """A weight or bias that several parts of a batch use, in float32 at least: its gradients add up unrounded."""
+    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
 def _is_narrow(x: Tensor) -> bool:
     return x.is_floating_point() and torch.finfo(x.dtype).bits < 32
 
