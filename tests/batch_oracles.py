@@ -140,3 +140,34 @@ def renorm(
     return Expectation(
         ahead, ema(running_mean, mean, momentum), ema(running_var, unbiased(var, count), momentum), gradients
     )
+
+
+def domain(
+    x,
+    running_mean,
+    running_var,
+    weight,
+    bias,
+    training,
+    momentum,
+    eps,
+    *,
+    residual=None,
+    activation=None,
+    mask=None,
+    ids,
+    elsewhere,
+):
+    """Two domains, each a batch of its own. The running statistics are those of domain 0; 1 has `elsewhere`."""
+    parts = []
+    for number, rows in enumerate(((running_mean, running_var), elsewhere)):
+        samples = np.flatnonzero(ids == number)
+        if len(samples):
+            parts.append((samples, None if training else rows))
+    ahead, gradients = in_parts(x, parts, weight, bias, eps, residual, activation, mask)
+    ours = ids == 0
+    mean, var, count = moments(x[ours], None if mask is None else mask[ours])
+    if training and count > 1:
+        running_mean = ema(running_mean, mean, momentum)
+        running_var = ema(running_var, unbiased(var, count), momentum)
+    return Expectation(ahead, running_mean, running_var, gradients)

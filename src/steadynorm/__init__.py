@@ -20,6 +20,9 @@ if typing.TYPE_CHECKING:
     from steadynorm.layers import BatchRenorm2d as BatchRenorm2d
     from steadynorm.layers import BatchRenorm3d as BatchRenorm3d
     from steadynorm.layers import ChannelLayerNorm as ChannelLayerNorm
+    from steadynorm.layers import DomainBatchNorm1d as DomainBatchNorm1d
+    from steadynorm.layers import DomainBatchNorm2d as DomainBatchNorm2d
+    from steadynorm.layers import DomainBatchNorm3d as DomainBatchNorm3d
     from steadynorm.layers import FrozenBatchNorm1d as FrozenBatchNorm1d
     from steadynorm.layers import FrozenBatchNorm2d as FrozenBatchNorm2d
     from steadynorm.layers import FrozenBatchNorm3d as FrozenBatchNorm3d
@@ -59,6 +62,9 @@ __all__ = [
     "BatchRenorm2d",
     "BatchRenorm3d",
     "ChannelLayerNorm",
+    "DomainBatchNorm1d",
+    "DomainBatchNorm2d",
+    "DomainBatchNorm3d",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from steadynorm.layers import (
@@ -13,6 +14,8 @@ from steadynorm.layers import (
     BatchNorm2d,
     BatchRenorm1d,
     BatchRenorm2d,
+    DomainBatchNorm1d,
+    DomainBatchNorm2d,
     FrozenBatchNorm1d,
     FrozenBatchNorm2d,
     GhostBatchNorm1d,
@@ -50,5 +53,11 @@ RELATIVES = {
     "frozen": Relative(FrozenBatchNorm1d, FrozenBatchNorm2d, is_moving=False),
     "renorm": Relative(BatchRenorm1d, BatchRenorm2d, {"limits": (3.0, 5.0)}, settle=beyond_the_limits),
     "ghost": Relative(GhostBatchNorm1d, GhostBatchNorm2d, {"ghost_size": 4}),
+    "domain": Relative(
+        DomainBatchNorm1d,
+        DomainBatchNorm2d,
+        {"num_domains": 2},
+        lambda x: {"domain": torch.tensor([0, 1, 0, 1, 1, 0, 1] * 3)[: len(x)]},
+    ),
     "step": Relative(StepBatchNorm1d, None, {"steps": 3}, lambda x: {"step": 1}),
 }

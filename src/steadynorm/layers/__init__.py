@@ -1,6 +1,7 @@
 """Normalization layers: subclasses of torch.nn's own, with the same signatures and the same state_dict."""
 
 from steadynorm.layers.batch import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from steadynorm.layers.domain import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNorm3d
 from steadynorm.layers.factory import norm_layer
 from steadynorm.layers.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from steadynorm.layers.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
@@ -36,6 +37,9 @@ __all__ = [
     "BatchRenorm2d",
     "BatchRenorm3d",
     "ChannelLayerNorm",
+    "DomainBatchNorm1d",
+    "DomainBatchNorm2d",
+    "DomainBatchNorm3d",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
