@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ def needs(call: Call) -> None:
         pytest.skip(reason)
 
 
-def run(call: Call, inputs: dict[str, Any], total: torch.Tensor | None = None) -> dict[str, Any]:
+def run(call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
     """Forward, then backward with the statistics it gave."""
     shared = (inputs["weight"], inputs["bias"], inputs["residual"])
     settings = (inputs["mask"], call.eps, call.activation, call.is_centred, call.offset)
@@ -81,8 +83,6 @@ def assert_right(call: Call) -> None:
             assert torch.equal(torch.nan_to_num(t), torch.nan_to_num(inputs[name])), f"{name} was written to"
     assert (found["total"] is inputs["x"]) == (inputs["addend"] is None)
     assert torch.equal(torch.nan_to_num(found["total"]), torch.nan_to_num(total))
-    # A rounding of x itself moves what is left of it after a large mean was taken off.
-    invstd = 1.0 / np.sqrt(wanted.var.min(initial=1.0) + call.eps)
     for name in ("y", "dx"):
         assert found[name].dtype is call.dtype
         assert_close(name, found[name], getattr(wanted, name), call.dtype, 1.0)
@@ -94,7 +94,6 @@ def assert_right(call: Call) -> None:
         assert_close(name, found[name], getattr(wanted, name), call.dtype, count**0.5)
     if found["dresidual"] is not None:
         assert_close("dresidual", found["dresidual"], wanted.dresidual, call.dtype, 1.0)
-    assert np.isfinite(invstd)
 
 
 LAYOUTS: dict[str, tuple[tuple[int, ...], bool]] = {
@@ -109,25 +108,51 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], bool]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_every_layout_in_every_dtype(layout, dtype):
+def test_every_layout(layout):
     sizes, is_per_position = LAYOUTS[layout]
     for has in (frozenset(), AFFINE, EVERYTHING):
         for is_centred in (True, False):
-            assert_right(Call(sizes, is_per_position, dtype, None, is_centred, has=has))
-            assert_right(Call(sizes, is_per_position, dtype, None, is_centred, has=has | {"mask"}))
+            assert_right(Call(sizes, is_per_position, is_centred=is_centred, has=has))
+            assert_right(Call(sizes, is_per_position, is_centred=is_centred, has=has | {"mask"}))
+
+
+# Every dtype and every activation is a kernel of its own to compile, and so is every mask that runs along vectors.
+DTYPES = (torch.float64, torch.bfloat16, torch.float16)
+FEW = [("rows", dtype) for dtype in DTYPES]
+MANY = [pytest.param(layout, dtype, marks=pytest.mark.slow) for layout in LAYOUTS for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [*FEW, *MANY])
+def test_every_dtype(layout, dtype):
+    sizes, is_per_position = LAYOUTS[layout]
+    for has in (frozenset(), AFFINE, EVERYTHING, EVERYTHING | {"mask"}):
+        assert_right(Call(sizes, is_per_position, dtype, has=has))
+    assert_right(Call(sizes, is_per_position, dtype, is_centred=False, has=frozenset({"weight"})))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_every_layout_with_an_activation(layout, activation):
+@pytest.mark.parametrize(
+    ("activation", "is_masked"),
+    [
+        ("relu", False),
+        pytest.param("relu", True, marks=pytest.mark.slow),
+        pytest.param("silu", False, marks=pytest.mark.slow),
+        pytest.param("silu", True, marks=pytest.mark.slow),
+    ],
+)
+def test_every_layout_with_an_activation(layout, activation, is_masked):
     sizes, is_per_position = LAYOUTS[layout]
     for has in (frozenset(), AFFINE, EVERYTHING):
-        assert_right(Call(sizes, is_per_position, activation=activation, has=has))
-        assert_right(Call(sizes, is_per_position, activation=activation, has=has | {"mask"}))
+        masked = frozenset({"mask"}) if is_masked else frozenset()
+        assert_right(Call(sizes, is_per_position, activation=activation, has=has | masked))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+QUICK = ("silu", "relu6")
+
+
+@pytest.mark.parametrize(
+    "activation", [*QUICK, *(pytest.param(a, marks=pytest.mark.slow) for a in ACTIVATIONS if a not in QUICK)]
+)
 def test_every_activation(activation):
     assert_right(Call((9, 1, 1, 70, 1), activation=activation, has=EVERYTHING))
     assert_right(Call((9, 1, 1, 70, 1), activation=activation))
@@ -206,14 +231,15 @@ def test_bits_do_not_depend_on_the_number_of_threads(layout, threads):
             assert value is None or torch.equal(value, other[name]), name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_an_outlier_costs_no_digits(layout):
-    """A pivot that is an outlier would: its distance from the mean enters the sum of squares twice."""
-    sizes, is_per_position = LAYOUTS[layout]
+@pytest.mark.parametrize("layout", [*LAYOUTS, "a long row", "planes of a large tensor", "a large plane"])
+@pytest.mark.parametrize("outliers", [1, 64])
+def test_outliers_cost_no_digits(layout, outliers):
+    """They would if the pivot stayed among them: its distance from the mean enters the sum of squares twice."""
+    sizes, is_per_position = (LAYOUTS | LARGE).get(layout, ((7, 1, 5, 3, 1009), False))
     call = Call(sizes, is_per_position)
     needs(call)
     inputs = call.inputs()
-    inputs["x"][:, :1, :, :1, :1] = 1e4
+    inputs["x"].reshape(sizes[0], -1)[:, : min(outliers, sizes[4] * sizes[3] // 2 + 1)] = 1e4
     wanted = expected(call, inputs, inputs["x"])
     found = run(call, inputs)
     assert_close("var", found["var"], wanted.var, torch.float32, 0.0)
@@ -262,17 +288,25 @@ def test_what_it_does_not_take():
     assert "meta" in numba_sample.why_not(torch.ones(4, 8, device="meta"), grouping)
 
 
+FORK = """
+import os, signal, torch
+from steadynorm.grouping import SampleGrouping
+from steadynorm.kernels import numba_sample
+torch.set_num_threads(2)
+x = torch.randn(1, 1, 2, 1, 150_001)
+def run():
+    y, *_ = numba_sample.sample_forward(x, None, SampleGrouping(*x.shape))
+    return y.numpy().tobytes()
+expected = run()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    os._exit(0 if run() == expected else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_works(threads):
-    threads(2)
-    call = Call((300, 1, 1, 301, 1))
-    needs(call)
-    inputs = call.inputs()
-    wanted = run(call, inputs)
-    child = os.fork()
-    if child == 0:
-        again = run(call, inputs)
-        is_same = all(t is None or torch.equal(t, again[name]) for name, t in wanted.items())
-        os._exit(0 if is_same else 1)
-    assert os.waitpid(child, 0)[1] == 0
+def test_a_forked_child_does_not_wait_for_threads_it_does_not_have():
+    needs(Call((1, 1, 2, 1, 150_001)))
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=100)

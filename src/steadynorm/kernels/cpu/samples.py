@@ -4,9 +4,9 @@ Four layouts, a file each: `samples_rows` (a sample is a row, and the weight run
 is one run of memory, its channels pieces of that run), `samples_last` (channels last: a sample is a matrix, a group
 some of its columns) and `samples_positions` (one statistic per position, over channels that lie far apart).
 
-A statistic of a run is taken in two sweeps over CHUNK values while they are in the first cache: their sum in the
-arithmetic's precision gives a pivot, and the sums about the pivot give mean and variance, as exactly as if the mean
-had been known. Chunks are pooled in float64. So neither a large mean nor an outlier costs digits.
+A statistic of a run is taken in one sweep, about a pivot: the mean of the run's head, and from chunk to chunk the mean
+of what was seen. A chunk whose mean turns out to be far from its pivot is summed again, so that neither a large mean
+nor an outlier costs digits. Chunks are pooled in float64.
 """
 
 import ctypes
@@ -20,6 +20,7 @@ from steadynorm.kernels.cpu.simd import (
     F64,
     I32,
     LANES,
+    V32,
     Storage,
     _call,
     _first_lanes,
@@ -96,8 +97,12 @@ Floats = ctypes.c_double * LENGTH
 
 BYTES = ir.VectorType(ir.IntType(8), LANES)
 
-CHUNK = 256 * LANES
-"""Values that share a pivot: 64 terms a lane in each of four chains, and no more than half of the first cache."""
+CHUNK = 128 * LANES
+"""Values that share a pivot, added in the arithmetic's precision: 64 terms a lane in each of two chains."""
+HEAD, LONG_HEAD = 4 * LANES, 8 * LANES
+"""Values whose mean is the first pivot, in runs of up to 16 times as many and in longer ones."""
+NEAR = 0.1
+"""Square of the distance between pivot and mean, in variances, that costs no digit; a run in a hundred is above it."""
 
 
 def template(values: dict[int, int | float]) -> bytes:
@@ -149,6 +154,28 @@ def make_load_valid(storage: Storage) -> Any:
         return storage.vector(numba.types.int64, numba.types.int64), codegen
 
     return load_valid, load_valid_first
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at `address`, which may be no memory of ours, before it is read."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *(ir.Constant(I32, v) for v in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return numba.types.void(numba.types.int64), codegen
+
+
+@intrinsic
+def narrowed(typingctx: Any, a: Any) -> Any:
+    """A float64 vector as float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.fptrunc(args[0], ir.VectorType(F32, LANES))
+
+    return V32(a), codegen
 
 
 @inlined
@@ -253,6 +280,17 @@ def over_units(first: Any, between: Any, second: Any) -> Any:
     return kernel
 
 
+@inlined
+def pool(count: Any, mean: Any, var: Any, other_count: Any, other_mean: Any, other_var: Any) -> Any:
+    """Mean and variance of two sets of values together."""
+    both = count + other_count
+    if other_count == 0:
+        return both, mean, var
+    share = numba.float64(other_count) / both
+    step = other_mean - mean
+    return both, mean + step * share, var + (other_var - var + step * step * (1.0 - share)) * share
+
+
 def make_moments(storage: Storage) -> Any:
     """`moments(run, n, is_centred)`: mean and variance of `n` values, or 0 and their mean square."""
     load, load_first, splat, size = storage.load, storage.load_first, storage.splat, storage.bytes
@@ -326,12 +364,18 @@ def make_run_moments(storage: Storage) -> Any:
         return value if is_double else numba.float64(numba.float32(value))
 
     @inlined
-    def chunk(run: Any, start: Any, stop: Any, n: Any, per_count: Any) -> Any:
-        """Mean and variance of a chunk."""
-        pivot = rounded(total(run, start, stop, n) * per_count)
-        shift, squared = about(run, start, stop, n, splat(pivot))
-        shift *= per_count
-        return pivot + shift, squared * per_count - shift * shift
+    def chunk(run: Any, start: Any, stop: Any, n: Any, per_count: Any, pivot: Any) -> Any:
+        """Mean and variance of a chunk; a second time where the pivot turns out to be a bad one."""
+        mean = var = 0.0
+        for _ in range(2):
+            shift, var = about(run, start, stop, n, splat(pivot))
+            shift *= per_count
+            mean = pivot + shift
+            var = var * per_count - shift * shift
+            if not shift * shift > NEAR * var:
+                break
+            pivot = rounded(mean)
+        return mean, var
 
     @inlined
     def moments(run: Any, n: Any, per_count: Any, is_centred: Any) -> Any:
@@ -340,30 +384,20 @@ def make_run_moments(storage: Storage) -> Any:
             for start in range(0, n, CHUNK):
                 var += squares(run, start, min(start + CHUNK, n), n)
             return mean, var * per_count
+        head = min(HEAD if n <= 16 * HEAD else LONG_HEAD, n)
+        pivot = rounded(total(run, 0, head, n) / head)
         if n <= CHUNK:
-            mean, var = chunk(run, 0, n, n, per_count)
-            return mean, max(var, 0.0)
+            mean, var = chunk(run, 0, n, n, per_count, pivot)
+            return mean, 0.0 if var < 0.0 else var
         for start in range(0, n, CHUNK):
             stop = min(start + CHUNK, n)
-            share = numba.float64(stop - start) / stop
-            other, spread = chunk(run, start, stop, n, 1.0 / (stop - start))
-            step = other - mean
-            mean += step * share
-            var += (spread - var + step * step * (1.0 - share)) * share
-        return mean, max(var, 0.0)
+            count = numba.float64(stop - start)
+            other, spread = chunk(run, start, stop, n, 1.0 / count, pivot)
+            _, mean, var = pool(numba.float64(start), mean, var, count, other, spread)
+            pivot = rounded(mean)
+        return mean, 0.0 if var < 0.0 else var
 
     return moments
-
-
-@inlined
-def pool(count: Any, mean: Any, var: Any, other_count: Any, other_mean: Any, other_var: Any) -> Any:
-    """Mean and variance of two sets of values together."""
-    both = count + other_count
-    if other_count == 0:
-        return both, mean, var
-    share = numba.float64(other_count) / both
-    step = other_mean - mean
-    return both, mean + step * share, var + (other_var - var + step * step * (1.0 - share)) * share
 
 
 def make_masked_moments(storage: Storage) -> Any:

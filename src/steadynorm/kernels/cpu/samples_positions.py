@@ -11,7 +11,7 @@ import numba
 
 from steadynorm.kernels.cpu import activations
 from steadynorm.kernels.cpu import samples as at
-from steadynorm.kernels.cpu.samples import make_add, make_prepare, make_write, over_tasks, place
+from steadynorm.kernels.cpu.samples import make_add, make_prepare, make_write, narrowed, over_tasks, place
 from steadynorm.kernels.cpu.samples_rows import make_gradient, make_narrow
 from steadynorm.kernels.cpu.simd import (
     LANES,
@@ -19,8 +19,9 @@ from steadynorm.kernels.cpu.simd import (
     fma,
     inlined,
     lanes_sum,
-    load_f32,
     load_f64,
+    load_v64,
+    splat64,
     square_root_of,
     store_f64,
     store_vector,
@@ -32,6 +33,8 @@ CHANNELS_ADDED = 32
 """Channels whose values are added in the arithmetic's precision before the sums of a position are widened."""
 FLUSH = 8
 """Tiles whose gradients of the weight are added in the arithmetic's precision before the sums are widened."""
+AHEAD = 4
+"""Channels: how far ahead memory is asked for, since every channel is in another page, where prefetchers stop."""
 HIGH, INVSTD, REST, SUM, SQUARE, VALID, ROWS = range(7)
 """Narrow rows of a tile, one number for every position; backward SUM and SQUARE are those of h and of h·x̂."""
 
@@ -128,10 +131,12 @@ def make_forward(storage: Storage, activation: str | None, is_masked: bool) -> A
 
 
 def _make_statistics(storage: Storage) -> Any:
-    """The mean of every position as a pivot, then the sums about it; not centred Σ x² alone."""
+    """Mean and variance of every position, CHANNELS_ADDED channels at a time, about the mean of those before.
+
+    The first of them are read twice, for a pivot. Not centred there is no pivot, and Σ x² is all.
+    """
     load, load_first, load_lanes = storage.load, storage.load_first, storage.load_lanes
-    splat, size, lane = storage.splat, storage.bytes, storage.lane_bytes
-    is_double, (clear, flush) = storage.is_double, make_narrow(storage)
+    splat, size, lane, pool_all = storage.splat, storage.bytes, storage.lane_bytes, _make_pool(storage)
 
     @inlined
     def value_at(row: Any, i: Any, n: Any) -> Any:
@@ -140,42 +145,80 @@ def _make_statistics(storage: Storage) -> Any:
     @inlined
     def statistics(args: Any, x: Any, n: Any, rows: Any, wide: Any, o: Any, position: Any) -> Any:
         channels, stride = place(args, at.CHANNELS), place(args, at.INNER) * size
-        width, is_centred, mask = whole(place(args, at.PIECE)), place(args, at.IS_CENTRED) != 0, place(args, at.MASK)
-        pivots, sums, squares = rows, rows + SUM * width * lane, rows + SQUARE * width * lane
-        per_count = 1.0 / channels
-        for i in range(0, whole(n), LANES):
-            store_vector(pivots + i * lane, splat(0.0))
+        width, is_centred, mask = (
+            whole(place(args, at.PIECE)) * lane,
+            place(args, at.IS_CENTRED) != 0,
+            place(args, at.MASK),
+        )
+        pivots, sums, squares = rows, rows + SUM * width, rows + SQUARE * width
+        for i in range(0, width, LANES * lane):
+            store_vector(pivots + i, splat(0.0))
+            store_vector(sums + i, splat(0.0))
+            store_vector(squares + i, splat(0.0))
+        for i in range(0, 2 * whole(place(args, at.PIECE)), LANES):
+            store_vector(wide + i * 8, splat64(0.0))
+        head = min(channels, CHANNELS_ADDED)
         if is_centred:
-            for c in range(channels):
+            for c in range(head):
                 for i in range(0, n, LANES):
                     at_i = pivots + i * lane
+                    at.prefetch(x + (c + AHEAD) * stride + i * size)
                     store_vector(at_i, load_lanes(at_i) + value_at(x + c * stride, i, n))
             for i in range(0, n, LANES):
-                store_vector(pivots + i * lane, load_lanes(pivots + i * lane) * splat(per_count))
-        clear(sums, wide, 2 * width)
-        for c in range(channels):
-            for i in range(0, n, LANES):
-                at_i = i * lane
-                value = value_at(x + c * stride, i, n) - load_lanes(pivots + at_i)
-                store_vector(sums + at_i, load_lanes(sums + at_i) + value)
-                store_vector(squares + at_i, fma(value, value, load_lanes(squares + at_i)))
-            if c % CHANNELS_ADDED == CHANNELS_ADDED - 1:
-                flush(sums, wide, 2 * width)
-        flush(sums, wide, 2 * width)
+                store_vector(pivots + i * lane, load_lanes(pivots + i * lane) * splat(1.0 / head))
+        for start in range(0, channels, CHANNELS_ADDED):
+            stop = min(start + CHANNELS_ADDED, channels)
+            for c in range(start, stop):
+                for i in range(0, n, LANES):
+                    at_i = i * lane
+                    at.prefetch(x + (c + AHEAD) * stride + i * size)
+                    value = value_at(x + c * stride, i, n) - load_lanes(pivots + at_i)
+                    store_vector(sums + at_i, load_lanes(sums + at_i) + value)
+                    store_vector(squares + at_i, fma(value, value, load_lanes(squares + at_i)))
+            pool_all(rows, width, wide, n, start, stop, is_centred)
         means, variances = place(args, at.MEAN) + o, place(args, at.VAR) + o
+        apart = whole(place(args, at.PIECE)) * 8
         for i in range(n):
-            shift = load_f64(wide + i * 8) * per_count if is_centred else 0.0
-            var = load_f64(wide + (width + i) * 8) * per_count - shift * shift
-            pivot = load_f64(pivots + i * lane) if is_double else numba.float64(load_f32(pivots + i * lane))
-            mean = pivot + shift
-            if var < 0.0:
-                var = 0.0
-            if mask != 0 and at.load_bool(mask + position + i) == 0:
-                mean = var = 0.0
-            store_f64(means + i * 8, mean)
-            store_f64(variances + i * 8, var)
+            is_valid = mask == 0 or at.load_bool(mask + position + i) != 0
+            store_f64(means + i * 8, load_f64(wide + i * 8) if is_valid else 0.0)
+            store_f64(variances + i * 8, load_f64(wide + apart + i * 8) if is_valid else 0.0)
 
     return statistics
+
+
+def _make_pool(storage: Storage) -> Any:
+    """Pool the narrow sums of every position with its mean and variance so far, and make that mean the pivot."""
+    load_lanes, splat, lane = storage.load_lanes, storage.splat, storage.lane_bytes
+    narrow = narrowed if not storage.is_double else _same
+
+    @inlined
+    def pool_all(rows: Any, width: Any, wide: Any, n: Any, start: Any, stop: Any, is_centred: Any) -> Any:
+        apart = width // lane * 8
+        per_count, share = splat64(1.0 / (stop - start)), (stop - start) / numba.float64(stop)
+        weight, rest = splat64(share), splat64(1.0 - share)
+        for i in range(0, n, LANES):
+            at_i, at_wide = rows + i * lane, wide + i * 8
+            shift = widen(load_lanes(at_i + SUM * width)) * per_count
+            square = widen(load_lanes(at_i + SQUARE * width)) * per_count
+            mean, var = load_v64(at_wide), load_v64(at_wide + apart)
+            if is_centred:
+                step = widen(load_lanes(at_i)) + shift - mean
+                mean = fma(step, weight, mean)
+                square = square - shift * shift
+                square = where_positive(square, square, square - square)
+                square = fma(step * step, rest, square)
+                store_vector(at_wide, mean)
+                store_vector(at_i, narrow(mean))
+            store_vector(at_wide + apart, fma(square - var, weight, var))
+            store_vector(at_i + SUM * width, splat(0.0))
+            store_vector(at_i + SQUARE * width, splat(0.0))
+
+    return pool_all
+
+
+@inlined
+def _same(a: Any) -> Any:
+    return a
 
 
 def _make_normalize(storage: Storage, activation: str | None, is_masked: bool) -> Any:
@@ -317,7 +360,10 @@ def _make_sums(storage: Storage, activation: str | None, is_masked: bool) -> Any
         run = x + o, dy + o, side + o if side != 0 else 0, g, rows, width, is_output
         at_c = narrow + c * 2 * LANES * lane
         product, total = load_lanes(at_c), load_lanes(at_c + LANES * lane)
+        ahead = AHEAD * place(args, at.INNER) * size
         for i in range(0, n, LANES):
+            at.prefetch(x + o + ahead + i * size)
+            at.prefetch(dy + o + ahead + i * size)
             if n - i >= LANES:
                 normalized, value = values_at(run, i, LANES, (weight, bias))
                 if g != 0:
