@@ -39,7 +39,10 @@ def norm_kind(module: nn.Module) -> Kind | None:
         if isinstance(module, cls):
             return kind
     buffers = dict(module.named_buffers(recurse=False))
-    return "frozen" if {"running_mean", "running_var"} <= buffers.keys() else None
+    if not {"running_mean", "running_var"} <= buffers.keys():
+        return None
+    # Statistics by domain or by step, (D, C), are not those of one norm.
+    return "frozen" if buffers["running_mean"].dim() == 1 else None
 
 
 def norms(model: nn.Module) -> dict[str, nn.Module]:

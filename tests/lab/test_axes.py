@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import steadynorm
 from steadynorm.errors import InputError
 from steadynorm.lab.axes import ChannelScale, grid, set_norm
 from steadynorm.layers.factory import group_count
@@ -120,6 +121,8 @@ def test_a_norm_that_does_more_is_refused_with_its_path():
         InputError, match="1 is a NormAct, which does more than normalize: only 'batch' can be compared"
     ):
         set_norm(nn.Sequential(nn.Identity(), NormAct(8)), "layer")
+    with pytest.raises(InputError, match="0 is a GhostBatchNorm2d, which does more than normalize"):
+        set_norm(nn.Sequential(steadynorm.GhostBatchNorm2d(8, ghost_size=4)), "layer")
 
 
 def test_a_lazy_norm_is_refused():

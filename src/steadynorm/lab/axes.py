@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from steadynorm import models
 from steadynorm.errors import InputError
+from steadynorm.layers import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from steadynorm.layers.factory import group_count
 
 
@@ -114,7 +115,8 @@ def _ensure_plain(path: str, old: _BatchNorm) -> None:
     """Refuse a layer that a replacement would silently take something away from."""
     if is_lazy(old.weight) or (old.running_mean is not None and is_lazy(old.running_mean)):
         raise InputError(f"{path} is lazy and does not know its channels yet: run one batch through it in model().")
-    ours = type(old).__module__.startswith("steadynorm.") and getattr(old, "activation", None) is None
+    plain = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
+    ours = type(old) in plain and getattr(old, "activation", None) is None
     if not ours and type(old).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         raise InputError(
             f"{path} is a {type(old).__name__}, which does more than normalize: only 'batch' can be compared, "

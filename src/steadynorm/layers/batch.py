@@ -13,18 +13,20 @@ from steadynorm import functional
 from steadynorm.errors import DegenerateStatisticsError, InputError
 from steadynorm.layers import checks, portable
 from steadynorm.layers.finite import require_finite
-from steadynorm.layers.running import Running, WideStatistics, update_
+from steadynorm.layers.running import STATISTICS, Running, update_
 from steadynorm.layers.switches import Switches
+from steadynorm.layers.wide import WideBuffers
 from steadynorm.moments import Moments
 
 Guard = Literal["skip", "raise", "propagate"]
 SingleValue = Literal["error", "running"]
 
 
-class BatchNorm(WideStatistics, Switches):
+class BatchNorm(WideBuffers, Switches):
     """What the batch normalizations of every rank share, and the relatives over the batch; see `BatchNorm2d`."""
 
     ranks: ClassVar[tuple[int, ...]] = ()
+    wide_buffers = STATISTICS
     choices: ClassVar[dict[str, tuple[Any, ...]]] = {
         "activation": (None, *functional.ACTIVATIONS),
         "guard": ("skip", "raise", "propagate"),
@@ -69,7 +71,7 @@ class BatchNorm(WideStatistics, Switches):
         self.single_value = single_value
         self.debias = debias
         self._check_settings()
-        self._widen_statistics()
+        self._widen_buffers()
 
     def forward(
         self,

@@ -14,7 +14,8 @@ from steadynorm.kernels.reference import statistics_dtype
 from steadynorm.layers import checks, portable
 from steadynorm.layers.batch import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, as_leaf
 from steadynorm.layers.rows import Rows
-from steadynorm.layers.running import Running, wide
+from steadynorm.layers.running import Running
+from steadynorm.layers.wide import wide
 from steadynorm.moments import Moments, merge
 
 Unknown = Literal["error", "pooled"]

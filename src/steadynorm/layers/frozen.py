@@ -16,13 +16,15 @@ from steadynorm import functional
 from steadynorm.errors import InputError
 from steadynorm.layers import checks, portable
 from steadynorm.layers.batch import BatchNorm, as_leaf
-from steadynorm.layers.running import WideStatistics
+from steadynorm.layers.running import STATISTICS
+from steadynorm.layers.wide import WideBuffers
 
 
-class FrozenBatchNorm(WideStatistics):
+class FrozenBatchNorm(WideBuffers):
     """What the frozen batch normalizations of every rank share; see `FrozenBatchNorm2d`."""
 
     ranks: ClassVar[tuple[int, ...]] = ()
+    wide_buffers = STATISTICS
     activation: str | None = None
     weight: Tensor | None
     bias: Tensor | None
@@ -50,7 +52,7 @@ class FrozenBatchNorm(WideStatistics):
             # Only memory: reset_parameters gives the values, here and after a move from the meta device.
             value = torch.empty(num_features, device=device, dtype=dtype) if is_there else None
             self.register_buffer(name, value)
-        self._widen_statistics()
+        self._widen_buffers()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -94,7 +96,7 @@ class FrozenBatchNorm(WideStatistics):
             value = getattr(norm, name)
             # Statistics keep the dtype that they have, float64 too.
             setattr(frozen, name, None if value is None else value.detach().clone())
-        frozen._widen_statistics()
+        frozen._widen_buffers()
         return frozen.train(norm.training)
 
     def forward(

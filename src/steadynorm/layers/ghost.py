@@ -10,7 +10,8 @@ from steadynorm.errors import InputError
 from steadynorm.grouping import is_channels_last
 from steadynorm.layers import checks
 from steadynorm.layers.batch import BatchNorm
-from steadynorm.layers.running import Running, wide
+from steadynorm.layers.running import Running
+from steadynorm.layers.wide import wide
 from steadynorm.moments import Moments, merge
 
 

@@ -1,11 +1,10 @@
-"""Running statistics of a layer: kept in float32 at least, and moved once a batch."""
+"""Running statistics of a layer, moved once a batch."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steadynorm import functional
 from steadynorm.moments import Moments
@@ -19,42 +18,6 @@ class Running(NamedTuple):
     mean: Tensor
     var: Tensor
     batches: Tensor | None
-
-
-class WideStatistics(nn.Module):
-    """A layer whose running_mean and running_var are float32 at least, whatever the module is cast to.
-
-    Below float32 they stop moving: a step of momentum · difference is lost in the rounding.
-    """
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._buffers.get(name) for name in STATISTICS}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers[name] if old is not None else None
-            if old is not None and new is not None and _is_narrow(new):
-                # Where the move goes, without the rounding.
-                self._buffers[name] = old.to(new.device, torch.float32)
-        return self
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._widen_statistics()
-
-    def _widen_statistics(self) -> None:
-        for name in STATISTICS:
-            buffer = self._buffers.get(name)
-            if buffer is not None and _is_narrow(buffer):
-                self._buffers[name] = buffer.float()
-
-
-def wide(parameter: Tensor) -> Tensor:
-    """A weight or bias that several parts of a batch use, in float32 at least: its gradients add up unrounded."""
-    return parameter.to(torch.promote_types(parameter.dtype, torch.float32))
-
-
-def _is_narrow(x: Tensor) -> bool:
-    return x.is_floating_point() and torch.finfo(x.dtype).bits < 32
 
 
 def update_(running: Running, moments: Moments, momentum: float | None, *, guard: bool, debias: bool = False) -> None:
