@@ -81,3 +81,14 @@ def test_parameters_that_kernels_cannot_read_take_the_other_way(dtype):
     assert numba_small.takes(weight.to(dtype)) == (dtype is torch.float64)
     for first, second in zip(all_of(x, dy, strided, bias), all_of(x, dy, weight, bias), strict=True):
         assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("size", [8, 200], ids=["small", "large"])
+def test_the_default_device_is_for_others(size):
+    x, dy, weight, bias = tensors((6, 8, size, size))
+    expected = all_of(x, dy, weight, bias)
+    numba_small._prepared.cache_clear()
+    with torch.device("meta"):
+        found = all_of(x, dy, weight, bias)
+    for first, second in zip(found, expected, strict=True):
+        assert torch.equal(first, second)

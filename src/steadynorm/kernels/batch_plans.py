@@ -11,6 +11,9 @@ from steadynorm.grouping import Grouping
 from steadynorm.kernels.cpu import arguments as at
 from steadynorm.kernels.cpu import build
 
+CPU = torch.device("cpu")
+"""Said wherever memory is made: torch.set_default_device may say something else."""
+
 STORAGE = {
     torch.float32: "float32",
     torch.float64: "float64",

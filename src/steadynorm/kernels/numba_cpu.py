@@ -16,10 +16,10 @@ from torch import Tensor
 
 from steadynorm.grouping import Grouping
 from steadynorm.kernels import numba_small, reference
+from steadynorm.kernels.batch_plans import CPU, compiled, last_level_cache, plan
 from steadynorm.kernels.batch_plans import SERIAL_BELOW as SERIAL_BELOW
 from steadynorm.kernels.batch_plans import STORAGE as STORAGE
 from steadynorm.kernels.batch_plans import STREAMED_RUN as STREAMED_RUN
-from steadynorm.kernels.batch_plans import compiled, last_level_cache, plan
 from steadynorm.kernels.cpu import arguments as at
 from steadynorm.kernels.cpu import build
 from steadynorm.kernels.cpu.memory import empty_like
@@ -69,7 +69,7 @@ class Call:
         self.plan = made = plan(grouping, x.dtype, eps, is_given, torch.get_num_threads())
         self.integers = values = at.Integers.from_buffer_copy(made.template)
         self.address = ctypes.addressof(values)
-        scratch = torch.empty(made.scratch_bytes, dtype=torch.uint8)
+        scratch = torch.empty(made.scratch_bytes, dtype=torch.uint8, device=CPU)
         self.alive = [scratch]
         values[at.X] = values[at.PIVOT] = x.data_ptr()
         values[at.COLUMNS], values[at.SCRATCH] = scratch.data_ptr(), scratch.data_ptr() + made.columns_bytes
@@ -114,7 +114,7 @@ class Call:
 
 
 def _statistics(group: int) -> tuple[Tensor, Tensor]:
-    return torch.empty(group, dtype=torch.float64), torch.empty(group, dtype=torch.float64)
+    return torch.empty(group, dtype=torch.float64, device=CPU), torch.empty(group, dtype=torch.float64, device=CPU)
 
 
 def _is_small(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.grouping import Grouping
-from steadynorm.kernels.batch_plans import compiled, plan
+from steadynorm.kernels.batch_plans import CPU, compiled, plan
 from steadynorm.kernels.cpu import arguments as at
 
 ROWS = {
@@ -54,7 +54,7 @@ class Prepared:
         self.address = ctypes.addressof(values)
         self.row_bytes = grouping.group * dtype.itemsize
         room = self.row_bytes * made.fold if made.fold > 1 else 0
-        self.scratch = torch.empty(made.scratch_bytes + room, dtype=torch.uint8)
+        self.scratch = torch.empty(made.scratch_bytes + room, dtype=torch.uint8, device=CPU)
         columns = self.scratch.data_ptr()
         values[at.COLUMNS], values[at.SCRATCH] = columns, columns + made.columns_bytes
         self.folded_row = columns + made.scratch_bytes if room else 0
@@ -122,7 +122,7 @@ def forward(
     variant = activation, residual is not None
     call = _prepared("forward", grouping, x.dtype, variant, eps, False, get_ident())
     y = torch.empty_like(x)
-    mean = torch.empty(grouping[1], dtype=torch.float64)
+    mean = torch.empty(grouping[1], dtype=torch.float64, device=CPU)
     var = torch.empty_like(mean)
     call.point(x, mean, var, weight, bias)
     values = call.integers
