@@ -55,16 +55,27 @@ def slot_of(c: Any, columns: Any) -> Any:
     return c if c < columns - end or columns < LANES else c + LANES - end
 
 
+def _make_part_bytes(storage: Storage) -> Any:
+    """Bytes of a part: its head, its pivots, two narrow rows and two wide ones."""
+    lane = storage.lane_bytes
+
+    @inlined
+    def part_bytes(columns: Any) -> Any:
+        return HEAD + padded(columns) * (3 * lane + 16)
+
+    return part_bytes
+
+
 def _make_places(storage: Storage) -> Any:
     """Of a part: its first and last row; where its head, pivots, narrow and wide sums are."""
-    lane = storage.lane_bytes
+    lane, part_bytes = storage.lane_bytes, _make_part_bytes(storage)
 
     @inlined
     def places(args: Any, part: Any, slot: Any) -> Any:
         splits, outer = place(args, at.SPLITS), place(args, at.OUTER)
-        width = padded(place(args, at.GROUPS) * place(args, at.CHANNELS))
-        each = (outer + splits - 1) // splits
-        head = slot + COEFFICIENTS * width * lane + part * (HEAD + 3 * width * lane + 2 * width * 8)
+        columns = place(args, at.GROUPS) * place(args, at.CHANNELS)
+        width, each = padded(columns), (outer + splits - 1) // splits
+        head = slot + COEFFICIENTS * width * lane + part * part_bytes(columns)
         pivots = head + HEAD
         narrow = pivots + width * lane
         return min(part * each, outer), min((part + 1) * each, outer), head, pivots, narrow, narrow + 2 * width * lane
@@ -99,6 +110,7 @@ def _make_lane(storage: Storage) -> Any:
 def make_forward(storage: Storage, activation: str | None) -> Any:
     """Sums of columns, statistics of groups, then y = activation(x̂ · weight + bias + residual) row by row."""
     places, add, (clear, flush) = _make_places(storage), make_add(storage), make_narrow(storage)
+    part_bytes = _make_part_bytes(storage)
     set_pivots, gather = _make_pivots(storage), _make_gather(storage)
     (read, _), coefficients, size = _make_lane(storage), _make_coefficients(storage), storage.bytes
 
@@ -129,28 +141,42 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
         store_i64(head, count)
 
     @inlined
+    def group_of(wide: Any, pivots: Any, start: Any, channels: Any, columns: Any, per_row: Any, is_centred: Any) -> Any:
+        """Mean and variance of a group within a part: those of its columns, which are of the same length, pooled."""
+        squares, per_channel = wide + padded(columns) * 8, 1.0 / channels
+        mean = var = 0.0
+        if is_centred:
+            for c in range(start, start + channels):
+                mean += read(pivots, c) + load_f64(wide + slot_of(c, columns) * 8) * per_row
+            mean *= per_channel
+        for c in range(start, start + channels):
+            square = load_f64(squares + slot_of(c, columns) * 8) * per_row
+            if is_centred:
+                shift = load_f64(wide + slot_of(c, columns) * 8) * per_row
+                step, square = read(pivots, c) + shift - mean, square - shift * shift
+                square = step * step + (0.0 if square < 0.0 else square)
+            var += square
+        return mean, var * per_channel
+
+    @inlined
     def between(args: Any, unit: Any, slot: Any) -> Any:
         groups, channels = place(args, at.GROUPS), place(args, at.CHANNELS)
-        columns = groups * channels
-        width, is_centred = padded(columns), place(args, at.IS_CENTRED) != 0
+        columns, splits = groups * channels, place(args, at.SPLITS)
+        is_centred = place(args, at.IS_CENTRED) != 0
+        means = place(args, at.MEAN) + unit * groups * 8
+        variances = place(args, at.VAR) + unit * groups * 8
+        _, _, first_head, pivots, _, wide = places(args, 0, slot)
+        apart = part_bytes(columns)
         for group in range(groups):
             count = mean = var = 0.0
-            for part in range(place(args, at.SPLITS)):
-                _, _, head, pivots, _, wide = places(args, part, slot)
-                rows = numba.float64(load_i64(head))
-                for c in range(group * channels, (group + 1) * channels):
-                    if rows > 0.0:
-                        o = slot_of(c, columns) * 8
-                        shift = load_f64(wide + o) / rows
-                        square = load_f64(wide + width * 8 + o) / rows
-                        if is_centred:
-                            spread = square - shift * shift
-                            spread = 0.0 if spread < 0.0 else spread
-                            count, mean, var = pool(count, mean, var, rows, read(pivots, c) + shift, spread)
-                        else:
-                            count, mean, var = pool(count, mean, var, rows, 0.0, square)
-            store_f64(place(args, at.MEAN) + (unit * groups + group) * 8, mean)
-            store_f64(place(args, at.VAR) + (unit * groups + group) * 8, var)
+            for o in range(0, splits * apart, apart):
+                rows = numba.float64(load_i64(first_head + o))
+                if rows > 0.0:
+                    start, per_row = group * channels, 1.0 / rows
+                    found = group_of(wide + o, pivots + o, start, channels, columns, per_row, is_centred)
+                    count, mean, var = pool(count, mean, var, rows, found[0], found[1])
+            store_f64(means + group * 8, mean)
+            store_f64(variances + group * 8, var)
         coefficients(args, unit, slot)
 
     return over_units(first, between, _make_normalize(storage, activation))
@@ -179,8 +205,9 @@ def _make_pivots(storage: Storage) -> Any:
             r += 1
         for i in range(0, padded(columns), LANES):
             store_vector(pivots + i * lane, splat(0.0))
+        per_row = 1.0 / max(taken, 1)
         for c in range(columns):
-            keep(pivots, c, read(narrow, slot_of(c, columns)) / max(taken, 1))
+            keep(pivots, c, read(narrow, slot_of(c, columns)) * per_row)
         for i in range(0, padded(columns), LANES):
             store_vector(narrow + i * lane, splat(0.0))
 
@@ -388,7 +415,7 @@ def _make_sums(storage: Storage, activation: str | None) -> Any:
 def _make_between(storage: Storage) -> Any:
     """Sums of columns and of groups, and slope and centre of dx = (x − high) · slope + g · scale + centre."""
     places, is_double, lane = _make_places(storage), storage.is_double, storage.lane_bytes
-    _, keep = _make_lane(storage)
+    part_bytes, (_, keep) = _make_part_bytes(storage), _make_lane(storage)
 
     @inlined
     def between(args: Any, unit: Any, slot: Any) -> Any:
@@ -397,10 +424,10 @@ def _make_between(storage: Storage) -> Any:
         width, is_centred = padded(columns), place(args, at.IS_CENTRED) != 0
         weights, weight_bytes = place(args, at.WEIGHT), place(args, at.WEIGHT_BYTES)
         offset, eps = load_f64(args + at.WEIGHT_OFFSET * 8), load_f64(args + at.EPS * 8)
-        rows = 0
-        for part in range(splits):
-            _, _, head, _, _, _ = places(args, part, slot)
-            rows += load_i64(head)
+        _, _, first_head, _, _, wide = places(args, 0, slot)
+        rows, apart = 0, part_bytes(columns)
+        for o in range(0, splits * apart, apart):
+            rows += load_i64(first_head + o)
         per_count = 1.0 / (max(rows, 1) * channels)
         products = place(args, at.PRODUCTS) + unit * columns * 8
         totals = place(args, at.TOTALS) + unit * columns * 8
@@ -412,10 +439,10 @@ def _make_between(storage: Storage) -> Any:
             of_mean = of_var = 0.0
             for c in range(group * channels, (group + 1) * channels):
                 total = product = 0.0
-                for part in range(splits):
-                    _, _, _, _, _, wide = places(args, part, slot)
-                    total += load_f64(wide + slot_of(c, columns) * 8)
-                    product += load_f64(wide + (width + slot_of(c, columns)) * 8)
+                at_c = wide + slot_of(c, columns) * 8
+                for o in range(at_c, at_c + splits * apart, apart):
+                    total += load_f64(o)
+                    product += load_f64(o + width * 8)
                 product = (product + rest * total) * invstd
                 store_f64(totals + c * 8, total)
                 store_f64(products + c * 8, product)
