@@ -36,7 +36,7 @@ from steadynorm.kernels.cpu.simd import (
     widen,
 )
 
-FLUSH = 32
+FLUSH = 16
 """Rows whose gradients of the weight are added in the arithmetic's precision before the sums are widened."""
 CHUNK = 64 * LANES
 """Values of a row added in the arithmetic's precision: 32 terms a lane in each of two chains."""
