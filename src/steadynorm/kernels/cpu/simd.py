@@ -22,7 +22,7 @@ LANES = 16
 # numba's annotations describe calls from Python, not the language inside a kernel
 intrinsic: Any = extending.intrinsic
 njit: Any = numba.njit
-inlined = njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+inlined = njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, no_rewrites=True)
 """A function for kernels only: no entry points of its own, which halves what there is to compile."""
 
 F32, F64 = ir.FloatType(), ir.DoubleType()
