@@ -198,16 +198,16 @@ ONE_GROUP = (
 FUSED = (
     *(SampleCase(name, "group", (3, 6, 7, 5), 3, activation=name) for name in ACTIVATIONS),
     *(SampleCase(f"add, {name}", "group", (3, 6, 7, 5), 3, activation=name, has_residual=True) for name in ACTIVATIONS),
+    # A kernel for each: few of the pairs of a type and an activation stand for all.
     *(
         SampleCase(
             f"add, {act or 'nothing'}, {what}", norm, (3, 6, 7, 5), size, activation=act, has_residual=True, **how
         )
         for norm, size in (("group", 2), ("instance", 1))
-        for act in (None, "relu", "silu")
-        for what, how in (
-            ("channels last", {"layout": "channels_last"}),
-            ("bfloat16", {"dtype": BRAIN}),
-            ("float64", {"dtype": DOUBLE}),
+        for act, what, how in (
+            *((act, "channels last", {"layout": "channels_last"}) for act in (None, "relu", "silu")),
+            *((act, "bfloat16", {"dtype": BRAIN}) for act in ("relu", "silu")),
+            ("silu", "float64", {"dtype": DOUBLE}),
         )
     ),
 )
