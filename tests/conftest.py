@@ -17,6 +17,30 @@ hypothesis.settings.register_profile("project", deadline=None, max_examples=60, 
 hypothesis.settings.load_profile("project")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every dtype and activation is a kernel of its own, seconds to compile: the rarer ones are for the slow run.
+
+    The reference goes through all of them always, and so do the sweeps of the slow run (`-m slow`).
+    """
+    for item in items:
+        if _needs_a_rare_kernel(item):
+            item.add_marker(pytest.mark.slow)
+
+
+def _needs_a_rare_kernel(item: pytest.Item) -> bool:
+    folder = item.path.parent.name
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    is_compiled = folder in ("functional", "layers") or item.path.name.startswith("test_numba")
+    if not is_compiled or params.get("backend") == "reference":
+        return False
+    case = params.get("case")
+    activation = getattr(case, "activation", params.get("activation"))
+    dtype = getattr(case, "dtype", params.get("dtype", torch.float32))
+    if activation not in (None, "relu", "silu") or dtype == torch.float16:
+        return isinstance(activation, str) or dtype == torch.float16
+    return activation is not None and dtype != torch.float32
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network() -> Iterator[None]:
     """A test that needs the network fails; unix sockets and this machine's own address stay open."""

@@ -100,11 +100,23 @@ def _compile(kernel: Callable[[int], None], name: str) -> bytes:
     """Machine code of a kernel, under its name."""
     import llvmlite.binding as llvm
     import numba
+    from numba.core.compiler_lock import global_compiler_lock
 
-    compiled = numba.cfunc(numba.void(numba.int64), error_model="numpy")(kernel)
+    # Numba optimizes every function of a kernel, and then the whole again; once is enough, and half the time.
+    with global_compiler_lock:
+        level, numba.config.OPT = numba.config.OPT, type(numba.config.OPT)(0)
+        try:
+            compiled = numba.cfunc(numba.void(numba.int64), error_model="numpy")(kernel)
+        finally:
+            numba.config.OPT = level
     module = llvm.parse_assembly(compiled.inspect_llvm())
     module.get_function(compiled.native_name).name = f"steadynorm_{name}"
     machine = _target_machine()
+    options = llvm.create_pipeline_tuning_options(speed_level=3)
+    # The loops are vectors already, and wait for memory: copies of them only take longer to compile.
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    passes = llvm.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
     return bytes(machine.emit_object(module))
 
 
