@@ -103,12 +103,13 @@ def _compile(kernel: Callable[[int], None], name: str) -> bytes:
     from numba.core.compiler_lock import global_compiler_lock
 
     # Numba optimizes every function of a kernel, and then the whole again; once is enough, and half the time.
+    config: Any = numba.config
     with global_compiler_lock:
-        level, numba.config.OPT = numba.config.OPT, type(numba.config.OPT)(0)
+        level, config.OPT = config.OPT, type(config.OPT)(0)
         try:
             compiled = numba.cfunc(numba.void(numba.int64), error_model="numpy")(kernel)
         finally:
-            numba.config.OPT = level
+            config.OPT = level
     module = llvm.parse_assembly(compiled.inspect_llvm())
     module.get_function(compiled.native_name).name = f"steadynorm_{name}"
     machine = _target_machine()
