@@ -1,6 +1,7 @@
 """Normalization as functions: autograd over the kernels, one file a family.
 
 batch     moments, normalize_batch, normalize_running, update_running_, batch_norm
+together  normalize_together: a batch in parts, on one process or several
 group     group_norm                   sample    what these four share: statistics within a sample
 instance  instance_norm                shapes    what they say about a tensor they cannot take
 layer     layer_norm
@@ -12,10 +13,13 @@ from steadynorm.functional.group import group_norm
 from steadynorm.functional.instance import instance_norm
 from steadynorm.functional.layer import layer_norm
 from steadynorm.functional.rms import rms_norm
+from steadynorm.functional.together import Part, Reduction, normalize_together
 from steadynorm.kernels import ACTIVATIONS
 
 __all__ = [
     "ACTIVATIONS",
+    "Part",
+    "Reduction",
     "batch_norm",
     "group_norm",
     "instance_norm",
@@ -23,6 +27,7 @@ __all__ = [
     "moments",
     "normalize_batch",
     "normalize_running",
+    "normalize_together",
     "rms_norm",
     "update_running_",
 ]

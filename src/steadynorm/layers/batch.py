@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from steadynorm import functional
 from steadynorm.errors import DegenerateStatisticsError, InputError
-from steadynorm.layers import checks, portable
+from steadynorm.layers import checks, lockstep, portable
 from steadynorm.layers.finite import require_finite
 from steadynorm.layers.running import STATISTICS, Running, update_
 from steadynorm.layers.switches import Switches
@@ -137,9 +137,21 @@ class BatchNorm(WideBuffers, Switches):
 
     def _by_batch(
         self, x: Tensor, running: Running | None, weight: Tensor | None, bias: Tensor | None, extras: dict[str, Any]
-    ) -> tuple[Tensor, Moments]:
+    ) -> tuple[Tensor, Moments | None]:
         """y by the statistics of `x`, and what is to be remembered of it. A relative is another version of this."""
-        return functional.normalize_batch(x, weight, bias, **extras)
+        joined, reduction = lockstep.current(), self._reduction()
+        if joined is None and reduction is None:
+            return functional.normalize_batch(x, weight, bias, **extras)
+        part = functional.Part(x, extras["residual"], extras["mask"])
+        rest: dict[str, Any] = {"eps": self.eps, "activation": self.activation, "reduction": reduction}
+        if joined is not None:
+            return joined.normalize(self, part, weight, bias, **rest)
+        (y,), moments = functional.normalize_together([part], weight, bias, **rest)
+        return y, moments
+
+    def _reduction(self) -> functional.Reduction | None:
+        """What joins this batch with those of other processes; None where it is all there is."""
+        return None
 
     def _running(self) -> Running | None:
         mean, var = self.running_mean, self.running_var

@@ -27,7 +27,7 @@ class GhostBatchNorm(BatchNorm):
 
     def _by_batch(
         self, x: Tensor, running: Running | None, weight: Tensor | None, bias: Tensor | None, extras: dict[str, Any]
-    ) -> tuple[Tensor, Moments]:
+    ) -> tuple[Tensor, Moments | None]:
         sizes = slice_sizes(x, self.ghost_size)
         if len(sizes) == 1:
             return super()._by_batch(x, running, weight, bias, extras)
