@@ -9,6 +9,7 @@ if typing.TYPE_CHECKING:
     from steadynorm import functional as functional
     from steadynorm import lab as lab
     from steadynorm import layers as layers
+    from steadynorm import training as training
     from steadynorm.doctor import examine as examine
     from steadynorm.doctor import repair as repair
     from steadynorm.kernels import backend as backend
@@ -101,6 +102,7 @@ __all__ = [
     "recompute_outputs",
     "repair",
     "spectral_norm",
+    "training",
     "weight_norm",
     "weight_standardization",
 ]
