@@ -155,6 +155,41 @@ def test_unbiased_var(count, kind):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 100])
+@pytest.mark.parametrize("kind", ["int", "scalar", "groups"])
+def test_from_unbiased_is_the_inverse(count, kind):
+    part = as_counted(of(values(count, 0, 1.0)), kind)
+    back = Moments.from_unbiased(part.mean, part.unbiased_var, part.count)
+    torch.testing.assert_close(back.var, part.var, rtol=1e-15, atol=0)
+    assert back.count is part.count
+
+
+@given(st.integers(1, 40), cuts, seeds, offsets, st.sampled_from(["rows", "groups"]))
+@example(3, [0, 0, 3], 0, 1e6, "groups")
+def test_rows_merge_at_once(count, at, seed, offset, kind):
+    rows = values(count, seed, offset)
+    parts = [as_counted(of(part), "scalar") for part in split(rows, at)]
+    counts = torch.stack([torch.as_tensor(part.count) for part in parts])
+    counts = counts if kind == "rows" else counts[:, None].expand(-1, GROUPS)
+    stacked = Moments(torch.stack([p.mean for p in parts]), torch.stack([p.var for p in parts]), counts)
+    assert_same(moments.merge_rows(stacked), rows)
+
+
+def test_rows_with_one_count_for_all():
+    rows = values(12, 0, 1e6)
+    parts = [of(part) for part in np.split(rows, 4)]
+    merged = moments.merge_rows(Moments(torch.stack([p.mean for p in parts]), torch.stack([p.var for p in parts]), 3))
+    assert_same(merged, rows)
+    assert merged.count == 12
+
+
+def test_empty_rows_are_finite():
+    nothing = Moments(torch.full((2, GROUPS), math.nan), torch.full((2, GROUPS), math.nan), torch.zeros(2))
+    merged = moments.merge_rows(nothing)
+    assert merged.mean.tolist() == merged.var.tolist() == [0, 0, 0]
+    assert float(merged.count) == 0
+
+
 def test_invstd_has_eps_inside_the_root():
     found = Moments(torch.zeros(2), torch.tensor([0.0, 3.0]), 4).invstd(1.0)
     torch.testing.assert_close(found, torch.tensor([1.0, 0.5]))

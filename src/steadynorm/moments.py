@@ -8,6 +8,7 @@ micro-batches, recalibration) goes through one of the two. The Bessel factor is 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ class Moments:
             count = count.to(self.var.dtype)
             return self.var * (count / (count - 1).clamp(min=1))
         return self.var * (count / max(count - 1, 1))
+
+    @classmethod
+    def from_unbiased(cls, mean: Tensor, unbiased_var: Tensor, count: int | Tensor) -> Self:
+        """Moments whose `unbiased_var` is the one given: Bessel's factor taken back, (n − 1) / n."""
+        if isinstance(count, Tensor):
+            n = count.to(unbiased_var.dtype)
+            return cls(mean, unbiased_var * ((n - 1).clamp(min=1) / torch.where(n > 0, n, 1)), count)
+        return cls(mean, unbiased_var * (max(count - 1, 1) / max(count, 1)), count)
 
     def invstd(self, eps: float) -> Tensor:
         """1 / sqrt(var + eps)."""
@@ -65,6 +74,30 @@ def merge(parts: Iterable[Moments]) -> Moments:
     if merged is None:
         raise ValueError("merge got no moments: give at least one")
     return merged
+
+
+def merge_rows(parts: Moments) -> Moments:
+    """What `merge` makes of the rows of `parts`, all at once.
+
+    Args:
+        parts: mean and variance (rows, group); count the same in every row, or (rows,), or (rows, group).
+
+    Returns: Moments (group,), with an int for a count where `parts` has one.
+    """
+    rows, dtype = len(parts.mean), parts.mean.dtype
+    count = torch.as_tensor(parts.count, dtype=dtype, device=parts.mean.device)
+    n = count.expand(rows, 1) if count.dim() == 0 else count.reshape(rows, -1)
+    total = n.sum(0)
+    share = n / torch.where(total > 0, total, 1)
+    mean, var = (torch.where(n > 0, t, 0) for t in (parts.mean, parts.var))
+    # Differences from a mean are small where means are large.
+    pivot = mean.mean(0)
+    merged = pivot + (share * torch.where(n > 0, mean - pivot, 0)).sum(0)
+    spread = (share * torch.where(n > 0, var + (mean - merged).square(), 0)).sum(0)
+    merged = torch.where(total > 0, merged, 0)
+    if not isinstance(parts.count, Tensor):
+        return Moments(merged, spread, parts.count * rows)
+    return Moments(merged, spread, total if count.dim() == 2 else total.squeeze(0))
 
 
 def _merge_two(a: Moments, b: Moments) -> Moments:
