@@ -132,7 +132,7 @@ class BatchNorm(WideBuffers, Switches):
             normalize = portable if torch.compiler.is_exporting() else functional
             y = normalize.normalize_running(x, running.mean, running.var, weight, bias, **extras)
             if updates:
-                moments = functional.moments(x, mask)
+                moments = self._pooled(functional.moments(x, mask))
         return y, moments if updates else None
 
     def _by_batch(
@@ -148,6 +148,13 @@ class BatchNorm(WideBuffers, Switches):
             return joined.normalize(self, part, weight, bias, **rest)
         (y,), moments = functional.normalize_together([part], weight, bias, **rest)
         return y, moments
+
+    def _pooled(self, moments: Moments) -> Moments | None:
+        """What is to be remembered of a batch that did not normalise itself, where `moments` may be those of a part."""
+        joined, reduction = lockstep.current(), self._reduction()
+        if joined is not None:
+            return joined.pool(self, moments, reduction)
+        return moments if reduction is None else reduction.merge(moments)
 
     def _reduction(self) -> functional.Reduction | None:
         """What joins this batch with those of other processes; None where it is all there is."""
@@ -165,8 +172,10 @@ class BatchNorm(WideBuffers, Switches):
         updates = self.training and self.track_running_stats
         if self.update_running is not None:
             updates = self.update_running
-        values = x.numel() // max(self.num_features, 1)
-        if by_batch and self.training and values == 1:
+        values = self._values(x)
+        # Of one micro-batch a single value is enough: its statistics are those of all of them.
+        is_part = values < 2 and lockstep.current() is not None
+        if by_batch and self.training and values == 1 and not is_part:
             if self.single_value == "error":
                 raise DegenerateStatisticsError(checks.about_single_value(self, x))
             by_batch = False
@@ -176,7 +185,11 @@ class BatchNorm(WideBuffers, Switches):
                 " track_running_stats=True."
             )
         # Fewer than two values say nothing about a variance.
-        return by_batch, updates and has_running and values > 1
+        return by_batch, updates and has_running and (values > 1 or is_part)
+
+    def _values(self, x: Tensor) -> int:
+        """How many values per channel this batch has, in the padding too."""
+        return x.numel() // max(self.num_features, 1)
 
     def _require_finite(self, running: Running, moments: Moments) -> None:
         # Inside a functional transform there is no one value to look at; functional.update_running_ steps aside too.

@@ -27,6 +27,9 @@ class Lockstep(Protocol):
     ) -> tuple[Tensor, Moments | None]:
         """y of this micro-batch by the statistics of all; their Moments, to one of them only: it is remembered once."""
 
+    def pool(self, layer: nn.Module, moments: Moments, reduction: Reduction | None) -> Moments | None:
+        """The Moments of all micro-batches, to one of them only, for a layer that does not normalise by them."""
+
 
 class _Current(threading.local):
     lockstep: Lockstep | None = None
