@@ -1,50 +1,17 @@
-"""Samples in whatever a model takes and gives: tensors in tuples, dictionaries and dataclasses."""
+"""Samples in whatever a model takes and gives: some of them, two batches of them, what one of them became."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steadynorm.samples import map_tensors as map_tensors
+from steadynorm.samples import sample_count as sample_count
+from steadynorm.samples import tensors_in as tensors_in
+
 # Keys under which models that take a dictionary expect their target.
 TARGET_KEYS = ("labels", "label", "target", "targets")
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in a nested value, in a fixed order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for entry in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, entry.name))
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """The same nested value with `function` applied to every tensor; what cannot be rebuilt stays as it is."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Mapping):
-        return {key: map_tensors(function, item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [map_tensors(function, item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        entries = [entry.name for entry in dataclasses.fields(value) if entry.init]
-        return dataclasses.replace(value, **{name: map_tensors(function, getattr(value, name)) for name in entries})
-    return value
-
-
-def sample_count(inputs: Any) -> int | None:
-    """How many samples the inputs of a model hold: the first size that all their tensors share, else None."""
-    sizes = {tensor.shape[0] for tensor in tensors_in(inputs) if tensor.dim()}
-    return sizes.pop() if len(sizes) == 1 else None
 
 
 def take(batch: Any, indices: list[int]) -> Any:
