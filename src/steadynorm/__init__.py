@@ -45,6 +45,7 @@ if typing.TYPE_CHECKING:
     from steadynorm.layers import RenormLimits as RenormLimits
     from steadynorm.layers import RMSNorm as RMSNorm
     from steadynorm.layers import StepBatchNorm1d as StepBatchNorm1d
+    from steadynorm.layers import SyncBatchNorm as SyncBatchNorm
     from steadynorm.layers import initialize_weight_norm_ as initialize_weight_norm_
     from steadynorm.layers import make_plain as make_plain
     from steadynorm.layers import norm_layer as norm_layer
@@ -52,6 +53,7 @@ if typing.TYPE_CHECKING:
     from steadynorm.layers import spectral_norm as spectral_norm
     from steadynorm.layers import weight_norm as weight_norm
     from steadynorm.layers import weight_standardization as weight_standardization
+    from steadynorm.ranks import sync_group as sync_group
 
 __version__ = "0.1.0.dev0"
 
@@ -87,6 +89,7 @@ __all__ = [
     "RMSNorm",
     "RenormLimits",
     "StepBatchNorm1d",
+    "SyncBatchNorm",
     "__version__",
     "backend",
     "doctor",
@@ -102,6 +105,7 @@ __all__ = [
     "recompute_outputs",
     "repair",
     "spectral_norm",
+    "sync_group",
     "training",
     "weight_norm",
     "weight_standardization",
@@ -109,6 +113,7 @@ __all__ = [
 
 # Where a name lives; it is imported when it is first asked for. A name that is not here is a submodule.
 _HOMES = {"backend": "kernels", "keep_freed_memory": "kernels.cpu.memory", "examine": "doctor", "repair": "doctor"}
+_HOMES["sync_group"] = "ranks"
 _HOMES |= {name: "layers" for name in __all__ if name[0].isupper()}
 _ON_WEIGHTS = ("initialize_weight_norm_", "make_plain", "spectral_norm", "weight_norm", "weight_standardization")
 _HOMES |= dict.fromkeys((*_ON_WEIGHTS, "norm_layer", "recompute_outputs"), "layers")

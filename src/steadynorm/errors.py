@@ -5,6 +5,7 @@
     │   ├── DegenerateStatisticsError   one value per statistic in training
     │   └── RecipeError                 a recipe that lacks a piece, or whose piece is wrong
     ├── NonFiniteStatisticsError        a batch whose statistics are not finite, under guard="raise"
+    ├── DistributedError (RuntimeError) ranks that cannot be joined: one is gone, or came with something else
     └── BackendError (RuntimeError)     a backend that was asked for by name and cannot run here
 
 A message has three parts: what was given, what was expected, what to do.
@@ -32,6 +33,10 @@ class RecipeError(InputError):
 
 class NonFiniteStatisticsError(SteadynormError, ArithmeticError):
     """A batch whose statistics are not finite reached a layer with ``guard="raise"``."""
+
+
+class DistributedError(SteadynormError, RuntimeError):
+    """Ranks that cannot be joined: one is gone, did not come in time, or came with something else."""
 
 
 class BackendError(SteadynormError, RuntimeError):

@@ -13,11 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
+from steadynorm.layers.sync import SyncBatchNorm
+
 Kind = Literal["batch", "sync", "instance", "group", "layer", "rms", "frozen"]
 
 # Most particular first: SyncBatchNorm is a _BatchNorm, and so are all of ours that compute over the batch.
 KINDS: tuple[tuple[type[nn.Module], Kind], ...] = (
     (nn.SyncBatchNorm, "sync"),
+    (SyncBatchNorm, "sync"),
     (_BatchNorm, "batch"),
     (_InstanceNorm, "instance"),
     (nn.GroupNorm, "group"),

@@ -21,6 +21,7 @@ from steadynorm.layers.renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from steadynorm.layers.rms import RMSNorm
 from steadynorm.layers.saving import recompute_outputs
 from steadynorm.layers.step import StepBatchNorm1d
+from steadynorm.layers.sync import SyncBatchNorm
 from steadynorm.layers.weight import (
     initialize_weight_norm_,
     make_plain,
@@ -61,6 +62,7 @@ __all__ = [
     "RMSNorm",
     "RenormLimits",
     "StepBatchNorm1d",
+    "SyncBatchNorm",
     "initialize_weight_norm_",
     "make_plain",
     "norm_layer",

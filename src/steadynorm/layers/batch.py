@@ -172,7 +172,7 @@ class BatchNorm(WideBuffers, Switches):
         updates = self.training and self.track_running_stats
         if self.update_running is not None:
             updates = self.update_running
-        values = self._values(x)
+        values = self._value_count(x)
         # Of one micro-batch a single value is enough: its statistics are those of all of them.
         is_part = values < 2 and lockstep.current() is not None
         if by_batch and self.training and values == 1 and not is_part:
@@ -187,7 +187,7 @@ class BatchNorm(WideBuffers, Switches):
         # Fewer than two values say nothing about a variance.
         return by_batch, updates and has_running and (values > 1 or is_part)
 
-    def _values(self, x: Tensor) -> int:
+    def _value_count(self, x: Tensor) -> int:
         """How many values per channel this batch has, in the padding too."""
         return x.numel() // max(self.num_features, 1)
 
