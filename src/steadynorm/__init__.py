@@ -10,6 +10,7 @@ if typing.TYPE_CHECKING:
     from steadynorm import lab as lab
     from steadynorm import layers as layers
     from steadynorm import training as training
+    from steadynorm.convert import convert_ as convert_
     from steadynorm.doctor import examine as examine
     from steadynorm.doctor import repair as repair
     from steadynorm.kernels import backend as backend
@@ -92,6 +93,7 @@ __all__ = [
     "SyncBatchNorm",
     "__version__",
     "backend",
+    "convert_",
     "doctor",
     "errors",
     "examine",
@@ -114,6 +116,7 @@ __all__ = [
 # Where a name lives; it is imported when it is first asked for. A name that is not here is a submodule.
 _HOMES = {"backend": "kernels", "keep_freed_memory": "kernels.cpu.memory", "examine": "doctor", "repair": "doctor"}
 _HOMES["sync_group"] = "ranks"
+_HOMES["convert_"] = "convert"
 _HOMES |= {name: "layers" for name in __all__ if name[0].isupper()}
 _ON_WEIGHTS = ("initialize_weight_norm_", "make_plain", "spectral_norm", "weight_norm", "weight_standardization")
 _HOMES |= dict.fromkeys((*_ON_WEIGHTS, "norm_layer", "recompute_outputs"), "layers")

@@ -1,0 +1,58 @@
+"""What was changed in a model, as a value that shows itself."""
+
+from dataclasses import dataclass
+from itertools import groupby
+
+from torch import nn
+
+LISTED = 6
+"""Paths shown of each kind of conversion; the rest are counted."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One layer that is of another class now.
+
+    Args:
+        paths: where it is in the model; a shared layer has several.
+        before, after: its class.
+        note: what is to be known about it, or nothing.
+    """
+
+    paths: tuple[str, ...]
+    before: str
+    after: str
+    note: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Change:
+    """A changed model and the log of what was changed; printed, it is a short report.
+
+    Args:
+        model: the model.
+        log: what was changed, layer by layer, in the order of definition.
+        left: what was not, by path, and why: what one could have expected to change.
+    """
+
+    model: nn.Module
+    log: tuple[Converted, ...]
+    left: dict[str, str]
+
+    def __repr__(self) -> str:
+        lines = [f"{_counted(len(self.log))} converted"]
+        kinds = sorted(self.log, key=lambda one: (one.before, one.after, one.note))
+        for (before, after, note), group in groupby(kinds, key=lambda one: (one.before, one.after, one.note)):
+            paths = [" = ".join(one.paths) or "the model" for one in group]
+            lines.append(f"  {len(paths)} {before} -> {after}: {_listed(paths)}" + (f" ({note})" if note else ""))
+        lines += [f"  left {path}: {reason}" for path, reason in self.left.items()]
+        return "\n".join(lines)
+
+
+def _counted(number: int) -> str:
+    return "1 layer" if number == 1 else f"{number or 'no'} layers"
+
+
+def _listed(paths: list[str]) -> str:
+    more = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
+    return ", ".join(paths[:LISTED]) + more

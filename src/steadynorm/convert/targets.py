@@ -1,0 +1,158 @@
+"""What each target of `convert_` makes of a layer: a plan, nothing, or an InputError that says why it cannot be."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from steadynorm import layers, models
+from steadynorm.convert.classes import OURS, TORCHS, additions, is_ours, named, origin, own_class
+from steadynorm.convert.foreign import is_frozen_batch_norm
+from steadynorm.errors import InputError
+from steadynorm.layers.batch import BatchNorm
+from steadynorm.layers.frozen import FrozenBatchNorm2d
+from steadynorm.layers.rows import Rows
+from steadynorm.layers.switches import DEFAULTS
+from steadynorm.layers.sync import SyncBatchNorm
+
+Classes = dict[str, type[nn.Module]]
+EARLIER = "_earlier_classes"
+"""Attribute of a converted layer: by target, the class that this target gives back, where the layer cannot tell it."""
+BY_DIMS: dict[int, type[nn.Module]] = {1: layers.BatchNorm1d, 2: layers.BatchNorm2d, 3: layers.BatchNorm3d}
+SYNC: tuple[type[nn.Module], ...] = (nn.SyncBatchNorm, SyncBatchNorm)
+
+# Settings that torch.nn does not have, and where the value stands in the layer.
+SETTINGS = {**{name: name for name in (*BatchNorm.choices, "convention")}, "train_affine": "_train_affine"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to become of one layer.
+
+    Args:
+        cls: its class.
+        earlier: classes that it could not tell any more, by the target that gives them back.
+        attributes: to be set.
+        drop: attributes of the instance to be taken off, if it has them.
+        note: for the log.
+    """
+
+    cls: type[nn.Module]
+    earlier: Classes
+    attributes: dict[str, Any] = field(default_factory=dict)
+    drop: tuple[str, ...] = ()
+    note: str = ""
+
+
+Rule = Callable[[nn.Module], Plan | None]
+
+
+def to_steadynorm(layer: nn.Module) -> Plan | None:
+    """Our layer of the same name."""
+    cls = own_class(layer)
+    kind = models.norm_kind(layer)
+    if kind is None or is_ours(cls):
+        return None
+    if kind == "frozen":
+        attributes: dict[str, Any] = {"num_features": len(layer.get_buffer("running_mean"))}
+        return Plan(FrozenBatchNorm2d, {"torch": cls}, attributes) if is_frozen_batch_norm(layer) else None
+    base = _base(layer, cls)
+    earlier = {target: OURS.get(one, one) for target, one in _earlier(layer).items()}
+    if cls is not base:
+        earlier["torch"] = cls
+    attributes = {"process_group": layer.process_group} if isinstance(layer, nn.SyncBatchNorm) else {}
+    return Plan(OURS[base], earlier, attributes)
+
+
+def to_torch(layer: nn.Module) -> Plan | None:
+    """The layer of torch.nn of the same name."""
+    cls = own_class(layer)
+    if not is_ours(cls):
+        return None
+    earlier = _earlier(layer)
+    torchs, before = TORCHS.get(_base(layer, cls)), earlier.pop("torch", None)
+    if before is not None and (torchs is None or issubclass(before, torchs)):
+        torchs = before
+    if torchs is None:
+        raise InputError(f"is a {named(cls)}, which torch.nn does not have")
+    _ensure_at_default(layer)
+    earlier = {target: TORCHS.get(one, one) for target, one in earlier.items()}
+    return Plan(torchs, earlier, drop=(*SETTINGS.values(), "_joined"))
+
+
+def to_sync(process_group: Any) -> Rule:
+    """Our SyncBatchNorm, in place of a batch norm of any rank."""
+
+    def rule(layer: nn.Module) -> Plan | None:
+        cls = own_class(layer)
+        if models.norm_kind(layer) not in ("batch", "sync") and not isinstance(layer, Rows):
+            return None
+        base = _base(layer, cls)
+        group = process_group if process_group is not None else getattr(layer, "process_group", None)
+        attributes = {"process_group": group}
+        earlier = _earlier(layer)
+        if base in SYNC:
+            is_same = cls is SyncBatchNorm and group is getattr(layer, "process_group", None)
+            return None if is_same else Plan(SyncBatchNorm, earlier, attributes)
+        ours = OURS.get(base, base)
+        if ours not in BY_DIMS.values() or not issubclass(ours, BatchNorm):
+            raise InputError(f"is a {named(cls)}, and only BatchNorm1d, 2d and 3d have a synchronised form")
+        return Plan(SyncBatchNorm, {**earlier, "batch": cls}, attributes | {"ranks": ours.ranks})
+
+    return rule
+
+
+def to_batch(dims: int | None) -> Rule:
+    """The batch norm that a SyncBatchNorm was, or one of `dims`."""
+
+    def rule(layer: nn.Module) -> Plan | None:
+        cls = own_class(layer)
+        if not issubclass(cls, SYNC):
+            return None
+        base, earlier = _base(layer, cls), _earlier(layer)
+        before = earlier.pop("batch", None)
+        if before is None:
+            if dims is None:
+                raise InputError(
+                    f"is a {named(cls)} from the start, or from torch's converter, and for which inputs is not known:"
+                    " give dims=2 for (N, C, H, W), 1 for (N, C) and (N, C, L), 3 for (N, C, D, H, W)"
+                )
+            before = BY_DIMS[dims] if base in TORCHS else TORCHS[BY_DIMS[dims]]
+        drop: tuple[str, ...] = ("process_group", "ranks", "_joined")
+        if not is_ours(before) and is_ours(cls):
+            _ensure_at_default(layer)
+            drop += tuple(SETTINGS.values())
+        return Plan(before, earlier, drop=drop)
+
+    return rule
+
+
+def _earlier(layer: nn.Module) -> Classes:
+    return dict(getattr(layer, EARLIER, {}))
+
+
+def _base(layer: nn.Module, cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a layer is one of, as far as its class adds nothing to it that could be lost."""
+    if "forward" in vars(layer):
+        raise InputError("has a forward of its own, set on the layer, which would go on as it is")
+    if cls.__module__.startswith("steadynorm."):
+        # What our relatives add is known: a rule says what it does with them.
+        return cls
+    base = origin(cls)
+    if base is None:
+        raise InputError(f"is a {named(cls)}, which is none of torch.nn's normalizations")
+    own = additions(cls, base)
+    if own:
+        raise InputError(f"is a {named(cls)}, a {named(base)} with its own {', '.join(own)}, which would be lost")
+    return base
+
+
+def _ensure_at_default(layer: nn.Module) -> None:
+    """Raise InputError where a layer of ours has a setting that torch.nn does not have."""
+    defaults = {name: DEFAULTS.get(name, getattr(type(layer), name, None)) for name in SETTINGS}
+    given = [name for name, default in defaults.items() if hasattr(layer, name) and getattr(layer, name) != default]
+    if given:
+        shown = ", ".join(f"{name}={getattr(layer, name)!r}" for name in given)
+        back = ", ".join(f"{name}={defaults[name]!r}" for name in given)
+        raise InputError(f"has {shown}, which torch.nn does not have: set {back} first, if the layer can do without")
