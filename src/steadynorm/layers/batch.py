@@ -4,6 +4,7 @@ A layer holds settings and calls the functional. It is a subclass of the torch.n
 parameters, buffers and state_dict; `switches` says what decides which statistics it uses and whether they move.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,6 +42,8 @@ class BatchNorm(WideBuffers, Switches):
     guard: Guard = "skip"
     single_value: SingleValue = "error"
     debias: bool = False
+    # Gathers Moments until an optimizer step is over, in place of the running statistics: training.pooled_statistics.
+    _pool: Callable[["BatchNorm", Running, Moments], None] | None = None
 
     def __init__(
         self,
@@ -201,6 +204,9 @@ class BatchNorm(WideBuffers, Switches):
             require_finite(moments.mean, moments.var, lambda: checks.name(self))
 
     def _remember(self, running: Running, moments: Moments) -> None:
+        if self._pool is not None:
+            self._pool(self, running, moments)
+            return
         update_(running, moments, self.momentum, guard=self.guard != "propagate", debias=self.debias)
 
     def _check_input_dim(self, input: Tensor) -> None:
