@@ -53,7 +53,7 @@ def is_function(only: Selection | None) -> bool:
 def _several(only: Selection | None) -> list[Any]:
     if only is None:
         return []
-    return [only] if isinstance(only, str) or callable(only) else list(only)
+    return [only] if isinstance(only, str) or not isinstance(only, Iterable) else list(only)
 
 
 def _test(one: Any) -> Callable[[str, Any], bool]:
