@@ -135,7 +135,7 @@ class BatchNorm(WideBuffers, Switches):
             normalize = portable if torch.compiler.is_exporting() else functional
             y = normalize.normalize_running(x, running.mean, running.var, weight, bias, **extras)
             if updates:
-                moments = self._pooled(functional.moments(x, mask))
+                moments = self._of_all_parts(functional.moments(x, mask))
         return y, moments if updates else None
 
     def _by_batch(
@@ -152,7 +152,7 @@ class BatchNorm(WideBuffers, Switches):
         (y,), moments = functional.normalize_together([part], weight, bias, **rest)
         return y, moments
 
-    def _pooled(self, moments: Moments) -> Moments | None:
+    def _of_all_parts(self, moments: Moments) -> Moments | None:
         """What is to be remembered of a batch that did not normalise itself, where `moments` may be those of a part."""
         joined, reduction = lockstep.current(), self._reduction()
         if joined is not None:
