@@ -30,7 +30,7 @@ def select(named: Iterable[tuple[str, T]], only: Selection | None, argument: str
         InputError: a pattern or class that means none of them.
     """
     named = list(named)
-    tests = [_test(one) for one in _several(only)]
+    tests = [_test(one) for one in several(only)]
     chosen: dict[int, tuple[str, T]] = {}
     used = set[int]()
     for path, one in named:
@@ -38,19 +38,15 @@ def select(named: Iterable[tuple[str, T]], only: Selection | None, argument: str
         used.update(meant)
         if only is None or meant:
             chosen.setdefault(id(one), (path, one))
-    if not (only is None or is_function(only)):
-        for number, pattern in enumerate(_several(only)):
-            if number not in used:
-                raise InputError(_about(pattern, [path for path, _ in named], argument, what))
+    for number, pattern in enumerate(several(only)):
+        # A function may well mean nothing.
+        if number not in used and isinstance(pattern, str | type):
+            raise InputError(_about(pattern, [path for path, _ in named], argument, what))
     return list(chosen.values())
 
 
-def is_function(only: Selection | None) -> bool:
-    """Whether a selection is a function of path and layer: one may well mean nothing."""
-    return callable(only) and not isinstance(only, type)
-
-
-def _several(only: Selection | None) -> list[Any]:
+def several(only: Selection | None) -> list[Any]:
+    """The patterns, classes and functions of a selection."""
     if only is None:
         return []
     return [only] if isinstance(only, str) or not isinstance(only, Iterable) else list(only)
