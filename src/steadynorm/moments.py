@@ -85,6 +85,9 @@ def merge_rows(parts: Moments) -> Moments:
     Returns: Moments (group,), with an int for a count where `parts` has one.
     """
     rows, dtype = len(parts.mean), parts.mean.dtype
+    if isinstance(parts.count, int) and parts.count * rows:
+        equal = parts.mean.mean(0)
+        return Moments(equal, (parts.var + (parts.mean - equal).square()).mean(0), parts.count * rows)
     count = torch.as_tensor(parts.count, dtype=dtype, device=parts.mean.device)
     n = count.expand(rows, 1) if count.dim() == 0 else count.reshape(rows, -1)
     total = n.sum(0)
