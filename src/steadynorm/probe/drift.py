@@ -8,7 +8,6 @@ Source: Wu & Johnson, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section
 are pooled as moments with their counts, so that the result does not depend on how the data was batched.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steadynorm import grouping, kernels, models, moments
+from steadynorm import models, moments
 from steadynorm.moments import Moments
 from steadynorm.probe import effects
 from steadynorm.probe.effects import Task
 from steadynorm.probe.facts import Drift, Effect, Norm, Values
-from steadynorm.probe.samples import sample_count, tensors_in
+from steadynorm.probe.samples import sample_count
 from steadynorm.probe.trace import Forward, Watcher, inputs_of, run, watching
+from steadynorm.training.layer_inputs import normalized_input, of_rows
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Running mean and variance by path of the layer."""
@@ -87,16 +87,17 @@ class _Collector(Watcher):
         super().enter(path, module, inputs)
         if path not in self.paths:
             return
-        x, mask = _normalized_input(module, inputs)
-        if x.dim() < 2 or x.shape[1] != models.running_statistics(module)[0].numel():
-            return  # a subclass with its channels elsewhere
+        x, mask = normalized_input(module, *inputs)
+        if x.dim() < 2 or x.shape[1] != models.running_statistics(module)[0].numel() or not x.numel():
+            return  # nothing, or a subclass with its channels elsewhere
+        rows = of_rows(x, mask)
         halves = self.parts[path]
         if self.is_single:
             for half in (0, 1):
-                halves[half].append(of_batch(x[half::2], None if mask is None else mask[half::2]))
+                halves[half].append(moments.merge_rows(_every_second(rows, half)))
         else:
-            halves[self.batch % 2].append(of_batch(x, mask))
-        means = moments.of(x.flatten(2).mean(2, dtype=torch.float64).unsqueeze(2) if x.dim() > 2 else x.unsqueeze(2))
+            halves[self.batch % 2].append(moments.merge_rows(rows))
+        means = moments.merge_rows(_without_spread(rows))
         known = self.found.means.get(path)
         self.found.means[path] = means if known is None else moments.merge([known, means])
         values = x.numel() / max(x.shape[0] * x.shape[1], 1)
@@ -142,27 +143,15 @@ def training_mode(model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
             layer.training = was_training
 
 
-def of_batch(x: Tensor, mask: Tensor | None) -> Moments:
-    """Moments of a batch x (N, C, *) per channel, without the padding where there is a mask (N, *)."""
-    x, view = grouping.batch(x)
-    flat = None if mask is None else mask.reshape(view.outer, view.inner)
-    count = view.outer * view.inner
-    if count == 0:
-        return moments.of(view.view(x))
-    mean, var = kernels.choose(x, masked=mask is not None).moments(x, view, flat)
-    return Moments(mean, var, count if mask is None else int(mask.sum()))
+def _every_second(rows: Moments, first: int) -> Moments:
+    count = rows.count if isinstance(rows.count, int) else rows.count[first::2]
+    return Moments(rows.mean[first::2], rows.var[first::2], count)
 
 
-def _normalized_input(module: nn.Module, inputs: Any) -> tuple[Tensor, Tensor | None]:
-    """What a norm layer is given: x, and which of it is valid, where it takes `mask` or `lengths`."""
-    args, kwargs = inputs
-    x = next(tensors_in(inputs))
-    given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    mask, lengths = given.get("mask"), given.get("lengths")
-    if mask is None and lengths is not None:
-        mask = torch.arange(x.shape[-1], device=x.device) < lengths.reshape(-1, *[1] * (x.dim() - 2))
-        mask = mask.expand(x.shape[0], *x.shape[2:])
-    return x, mask
+def _without_spread(rows: Moments) -> Moments:
+    """Every row that has values as one value, its mean."""
+    count = 1 if isinstance(rows.count, int) else (rows.count > 0).double()
+    return Moments(rows.mean, torch.zeros_like(rows.var), count)
 
 
 class Stored:
