@@ -119,7 +119,7 @@ def _save(places: list[tuple[nn.Module, str]]) -> list[_Saved]:
     # Layers are many and their statistics small: one copy for all of a kind, instead of three for each layer.
     groups: dict[tuple[torch.dtype, torch.device], list[tuple[nn.Module, str]]] = {}
     for module, name in places:
-        buffer = module.get_buffer(name)
+        buffer = _data((module, name))
         groups.setdefault((buffer.dtype, buffer.device), []).append((module, name))
     return [_Saved(group, torch.cat([_data(place).reshape(-1) for place in group])) for group in groups.values()]
 
@@ -127,7 +127,9 @@ def _save(places: list[tuple[nn.Module, str]]) -> list[_Saved]:
 def _data(place: tuple[nn.Module, str]) -> Tensor:
     # Apart from autograd's count of changes: a backward pass may still want the statistics that normalised.
     module, name = place
-    return module.get_buffer(name).data
+    buffer = module._buffers[name]
+    assert buffer is not None
+    return buffer.data
 
 
 def _put_back(saved: list[_Saved]) -> None:
