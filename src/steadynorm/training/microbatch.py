@@ -54,8 +54,8 @@ class MicroBatches:
     """A model on micro-batches, in lock-step: see `microbatch`."""
 
     def __init__(self, model: nn.Module, size: int | Sequence[int], *, memory: Kind = "keep") -> None:
-        sizes = [size] if isinstance(size, int) else list(size)
-        if isinstance(size, bool) or not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        sizes = list(size) if isinstance(size, Sequence) else [size]
+        if not sizes or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
             raise InputError(f"microbatch expected a size, or sizes, of at least 1 sample, got {size!r}.")
         if memory not in KINDS:
             raise InputError(f"microbatch: memory must be one of {', '.join(map(repr, KINDS))}, got {memory!r}.")

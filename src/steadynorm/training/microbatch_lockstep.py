@@ -16,7 +16,7 @@ from steadynorm.layers import lockstep
 from steadynorm.layers.batch import BatchNorm
 from steadynorm.layers.domain import DomainBatchNorm
 from steadynorm.moments import Moments
-from steadynorm.training.microbatch_state import State, exchange, unshared
+from steadynorm.training.microbatch_state import State, exchange, uncompiled, unshared
 
 Call = Callable[[], Any]
 """What is done with one micro-batch: usually the model, with everything it is called with."""
@@ -115,7 +115,7 @@ class Together:
             InputError: they do not come to the same layers.
         """
         try:
-            with lockstep.entered(self):
+            with lockstep.entered(self), uncompiled():
                 while True:
                     arrivals = self._same([self._resume(i) for i in range(len(self.lanes))])
                     if not arrivals:

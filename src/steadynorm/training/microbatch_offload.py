@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -107,6 +108,7 @@ class _File:
     def __init__(self) -> None:
         self.file: Any = tempfile.TemporaryFile(prefix="steadynorm-", buffering=0)  # noqa: SIM115, as long as its blocks
         self.length = 0
+        weakref.finalize(self, self.file.close)
 
     def write(self, values: memoryview) -> int:
         """Append; where it begins."""

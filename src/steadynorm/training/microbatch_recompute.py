@@ -8,6 +8,7 @@ share of the whole. The windows are asked for from the last to the first.
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from steadynorm.layers import lockstep
 from steadynorm.moments import Moments
 from steadynorm.training.microbatch_lockstep import Arrival, Memory
 from steadynorm.training.microbatch_offload import address, has_storage
-from steadynorm.training.microbatch_state import State, exchange
+from steadynorm.training.microbatch_state import State, exchange, uncompiled
 
 WINDOWS = 4
 """Into how many windows, of about the same bytes, the forward pass is cut. A fourth of what is saved is there at a
@@ -137,7 +138,7 @@ class Recompute(Memory):
         again = Again(self, lane, *self._window(unit))
         before, random = exchange(self.states[lane].inside((again.pack, _never))), _random_state()
         try:
-            with lockstep.entered(again):
+            with lockstep.entered(again), uncompiled():
                 _set_random_state(self.random[lane][0])
                 self.calls[lane]()
         except _EnoughError:
@@ -180,17 +181,14 @@ class Recompute(Memory):
         return [saved for reference in references if (saved := reference()) is not None]
 
     def _window(self, unit: int) -> tuple[int, int]:
-        """The window around a unit: units from the first up to the second number, of about one share in bytes."""
-        share = sum(self.sizes) / WINDOWS
-        end = self.kept_from if unit < self.kept_from else len(self.sizes)
-        while True:
-            start, size = end - 1, self.sizes[end - 1]
-            while start > 0 and size + self.sizes[start - 1] <= share:
-                start -= 1
-                size += self.sizes[start]
-            if start <= unit:
-                return start, end
-            end = start
+        """The window around a unit that was let go: units from the first up to the second number."""
+        sizes = self.sizes[: self.kept_from]
+        share = sum(sizes) / (WINDOWS - 1)
+        # By where the middle of a unit lies in the bytes of all of them.
+        middles = (before - size / 2 for before, size in zip(accumulate(sizes), sizes, strict=True))
+        numbers = [int(middle / share) for middle in middles]
+        start = numbers.index(numbers[unit])
+        return start, start + numbers.count(numbers[unit])
 
 
 class Again:
@@ -262,6 +260,8 @@ class Again:
         return meetings[self.unit]
 
     def _go_on(self) -> None:
+        if self.place != len(self.memory.units[self.unit][self.lane]):
+            raise _took_another_way()
         self.unit += 1
         self.place = 0
         if self.unit == self.end:

@@ -1,6 +1,8 @@
 """What torch keeps for a thread, of which every micro-batch needs its own: they take turns on one thread."""
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +55,14 @@ def exchange(state: State | None = None) -> State:
     for _ in range(before.autocast_depth - state.autocast_depth):
         torch.autocast_decrement_nesting()
     return before
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Compiled models run as they are written: a graph would be cut at every norm, and made anew for every batch."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def unshared() -> tuple[Any, ...]:
