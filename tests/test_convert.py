@@ -468,6 +468,7 @@ def test_only_and_leave_choose_by_pattern_class_and_function():
         ("torch", {"dims": 2}, "got dims=2 to 'torch'"),
         ("batch", {"dims": 4}, "got dims=4"),
         ("torch", {"process_group": object()}, "process_group= to 'torch'"),
+        ("sync", {"process_group": object()}, "torch.distributed is not initialised"),
     ],
 )
 def test_wrong_options_are_refused(to, options, message):

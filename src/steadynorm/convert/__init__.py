@@ -16,6 +16,7 @@ from steadynorm.convert.change import Change, Converted
 from steadynorm.convert.classes import is_ours, named, own_class
 from steadynorm.convert.targets import BY_DIMS, Rule, to_batch, to_steadynorm, to_sync, to_torch
 from steadynorm.errors import InputError
+from steadynorm.ranks import require_group
 from steadynorm.selection import Selection, select
 
 __all__ = ["Change", "Converted", "Target", "convert_"]
@@ -73,6 +74,8 @@ def _rule(to: str, process_group: Any, dims: int | None) -> Rule:
         raise InputError(f"convert_ got process_group= to {to!r}: only SyncBatchNorm, to 'sync', has one.")
     if dims is not None and (to != "batch" or dims not in BY_DIMS):
         raise InputError(f"convert_ got dims={dims!r} to {to!r}, expected 1, 2 or 3, to 'batch'.")
+    if process_group is not None:
+        require_group(process_group, "convert_")
     rules: dict[str, Rule] = {
         "steadynorm": to_steadynorm,
         "torch": to_torch,
