@@ -68,7 +68,7 @@ class Ranks:
         """
         channels = local.mean.shape[0]
         count = local.count if isinstance(local.count, Tensor) else local.mean.new_full((), local.count)
-        sent = torch.cat([local.mean, local.var, count.reshape(-1).to(local.mean.dtype)]).double()
+        sent = torch.cat([local.mean.double(), local.var.double(), count.reshape(-1).double()])
         is_eager = not torch.compiler.is_compiling()
         found = self._calls.find(sent, channels, self.name) if is_eager and _is_in_backward() else None
         if found is None:
@@ -86,9 +86,9 @@ class Ranks:
         Raises:
             DistributedError: a rank is gone, or did not come within the timeout of the group.
         """
-        if (torch.is_grad_enabled() and local.requires_grad) or torch._C._are_functorch_transforms_active():
-            return _Add.apply(local, self)
-        return self._sum(local)
+        if not torch.compiler.is_compiling():
+            return _AddEagerly.apply(local, self)
+        return _Add.apply(local, self) if torch.is_grad_enabled() and local.requires_grad else self._sum(local)
 
     def _gather(self, sent: Tensor) -> Tensor:
         """What every rank has sent (n,), one after the other (ranks · n,)."""
@@ -123,6 +123,10 @@ class _Add(Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
         return ctx.ranks.add(cotangent), None
+
+
+class _AddEagerly(_Add):
+    """With forward-mode derivatives too, which the compiler does not take."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:

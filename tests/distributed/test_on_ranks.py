@@ -1,0 +1,32 @@
+"""Real processes, many checks a launch: see tests/processes.py."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import run_checks
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("modules", [("equality", "behaviour"), ("frameworks", "faults")], ids="+".join)
+def test_on_ranks(modules):
+    failures = run_checks(*(f"tests.distributed.{module}" for module in modules))
+    assert not failures, "\n".join(failures)
+
+
+def test_the_example_runs_under_torchrun(tmp_path):
+    page = (ROOT / "docs" / "sync.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n# train\.py\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "train.py").write_text(example, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "the same on 2 ranks" in done.stdout
