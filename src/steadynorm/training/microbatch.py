@@ -125,7 +125,7 @@ class MicroBatches:
         sizes = self._sizes((batch, named))
         cuts = _cut((batch, named), sizes)
         calls = [_bound(function, *cut) for cut in cuts]
-        with _buffers_as_they_were(self.model):
+        with _buffers_as_they_were(self.model), _broadcast_once(self.model, calls):
             return Together(calls, self._name, self._memory(calls, cuts)).run()
 
     def _memory(self, calls: Sequence[Callable[[], Any]], cuts: Sequence[Any]) -> Memory:
@@ -216,6 +216,31 @@ def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
     if next(others, None) is not None:
         raise InputError(f"microbatch cannot put a {type(value).__name__} together again: use map, or a plain tuple.")
     return filled
+
+
+@contextmanager
+def _broadcast_once(model: nn.Module, calls: list[Callable[[], Any]]) -> Iterator[None]:
+    """DDP broadcasts buffers before a forward pass: only before the first, or ranks with fewer micro-batches hang."""
+    parallel = [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
+    before = [module.require_forward_param_sync for module in parallel]
+
+    def set_to(values: Sequence[bool]) -> None:
+        for module, value in zip(parallel, values, strict=True):
+            module.require_forward_param_sync = value
+
+    def quietly(call: Callable[[], Any]) -> Callable[[], Any]:
+        def called() -> Any:
+            set_to([False] * len(parallel))
+            return call()
+
+        return called
+
+    calls[1:] = [quietly(call) for call in calls[1:]] if parallel else calls[1:]
+    try:
+        yield
+    except BaseException:
+        set_to(before)
+        raise
 
 
 @contextmanager
