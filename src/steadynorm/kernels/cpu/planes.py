@@ -44,6 +44,7 @@ from steadynorm.kernels.cpu.simd import (
     stores_fence,
     widen,
 )
+from steadynorm.kernels.cpu.sums import make_sums
 
 TOTAL, OTHER, HIGH, SCALE, SHIFT, BACK, CENTRE = (8 * i for i in range(7))
 """Places in a slot: two float64 sums, then coefficients in the arithmetic's precision (HIGH holds the pivot first)."""
@@ -187,8 +188,8 @@ def make_forward(storage: Storage, activation: str | None, has_residual: bool) -
 
 
 def _make_statistics(storage: Storage) -> Any:
-    load, load_first, load_splat = storage.load, storage.load_first, storage.load_splat
-    size, splat, keep, lane = storage.bytes, storage.splat, storage.store_lane, storage.load_lane
+    load, load_splat, size = storage.load, storage.load_splat, storage.bytes
+    keep, lane, (_, about, _) = storage.store_lane, storage.load_lane, make_sums(storage)
 
     @inlined
     def pivot_of(row: Any, inner: Any) -> Any:
@@ -196,27 +197,6 @@ def _make_statistics(storage: Storage) -> Any:
         if inner >= LANES:
             return lanes_sum(load(row)) / LANES
         return first_lane(widen(load_splat(row)))
-
-    @inlined
-    def add(row: Any, start: Any, stop: Any, inner: Any, pivot: Any, slot: Any) -> Any:
-        s0 = q0 = s1 = q1 = splat(0.0)
-        i = start
-        while i + 2 * LANES <= stop:
-            a, b = load(row + i * size) - pivot, load(row + (i + LANES) * size) - pivot
-            s0, s1 = s0 + a, s1 + b
-            q0, q1 = fma(a, a, q0), fma(b, b, q1)
-            i += 2 * LANES
-        if i + LANES <= stop:
-            a = load(row + i * size) - pivot
-            s0, q0 = s0 + a, fma(a, a, q0)
-            i += LANES
-        if i < stop:
-            if inner >= LANES:
-                b = keep_last(load(row + (inner - LANES) * size) - pivot, stop - i)
-            else:
-                b = load_first(row, inner, pivot) - pivot
-            s1, q1 = s1 + b, fma(b, b, q1)
-        _add_to(slot, s0 + s1, q0 + q1)
 
     @inlined
     def statistics(args: Any, slots: Any, first: Any, last: Any) -> Any:
@@ -231,7 +211,8 @@ def _make_statistics(storage: Storage) -> Any:
                 row, slot = x + (n * group + c) * inner * size, slots + (c - first) * SLOT_BYTES
                 pivot = lane(slot + HIGH)
                 for start in range(0, inner, CHUNK):
-                    add(row, start, min(start + CHUNK, inner), inner, pivot, slot)
+                    total, squares = about(row, start, min(start + CHUNK, inner), inner, pivot)
+                    _add_to(slot, total, squares)
         count = outer * inner
         for c in range(first, last):
             slot = slots + (c - first) * SLOT_BYTES

@@ -39,6 +39,7 @@ from steadynorm.kernels.cpu.simd import (
     where_positive,
     widen,
 )
+from steadynorm.kernels.cpu.sums import make_sums
 
 (
     TICKET,  # the next task; every thread takes one at a time
@@ -291,72 +292,9 @@ def pool(count: Any, mean: Any, var: Any, other_count: Any, other_mean: Any, oth
     return both, mean + step * share, var + (other_var - var + step * step * (1.0 - share)) * share
 
 
-def make_moments(storage: Storage) -> Any:
-    """`moments(run, n, is_centred)`: mean and variance of `n` values, or 0 and their mean square."""
-    load, load_first, splat, size = storage.load, storage.load_first, storage.splat, storage.bytes
-
-    @inlined
-    def total(run: Any, start: Any, stop: Any, n: Any) -> Any:
-        a = b = c = d = splat(0.0)
-        i = start
-        while i + 4 * LANES <= stop:
-            a, b = a + load(run + i * size), b + load(run + (i + LANES) * size)
-            c, d = c + load(run + (i + 2 * LANES) * size), d + load(run + (i + 3 * LANES) * size)
-            i += 4 * LANES
-        while i + LANES <= stop:
-            a = a + load(run + i * size)
-            i += LANES
-        if i < stop:
-            if n >= LANES:
-                b = b + keep_last(load(run + (stop - LANES) * size), stop - i)
-            else:
-                b = b + load_first(run, n, splat(0.0))
-        return lanes_sum((a + b) + (c + d))
-
-    @inlined
-    def about(run: Any, start: Any, stop: Any, n: Any, pivot: Any) -> Any:
-        s0 = q0 = s1 = q1 = splat(0.0)
-        i = start
-        while i + 2 * LANES <= stop:
-            a, b = load(run + i * size) - pivot, load(run + (i + LANES) * size) - pivot
-            s0, s1 = s0 + a, s1 + b
-            q0, q1 = fma(a, a, q0), fma(b, b, q1)
-            i += 2 * LANES
-        if i + LANES <= stop:
-            a = load(run + i * size) - pivot
-            s0, q0 = s0 + a, fma(a, a, q0)
-            i += LANES
-        if i < stop:
-            if n >= LANES:
-                b = keep_last(load(run + (stop - LANES) * size) - pivot, stop - i)
-            else:
-                b = load_first(run, n, pivot) - pivot
-            s1, q1 = s1 + b, fma(b, b, q1)
-        return lanes_sum(s0 + s1), lanes_sum(widen(q0 + q1))
-
-    @inlined
-    def squares(run: Any, start: Any, stop: Any, n: Any) -> Any:
-        q0 = q1 = splat(0.0)
-        i = start
-        while i + 2 * LANES <= stop:
-            a, b = load(run + i * size), load(run + (i + LANES) * size)
-            q0, q1 = fma(a, a, q0), fma(b, b, q1)
-            i += 2 * LANES
-        if i + LANES <= stop:
-            a = load(run + i * size)
-            q0 = fma(a, a, q0)
-            i += LANES
-        if i < stop:
-            a = keep_last(load(run + (stop - LANES) * size), stop - i) if n >= LANES else load_first(run, n, splat(0.0))
-            q1 = fma(a, a, q1)
-        return lanes_sum(widen(q0 + q1))
-
-    return total, about, squares
-
-
 def make_run_moments(storage: Storage) -> Any:
     """`moments(run, n, 1 / n, is_centred)`: mean and variance of a run; not centred 0 and the mean square."""
-    total, about, squares = make_moments(storage)
+    total, about, squares = make_sums(storage)
     splat, is_double = storage.splat, storage.is_double
 
     @inlined
@@ -368,10 +306,10 @@ def make_run_moments(storage: Storage) -> Any:
         """Mean and variance of a chunk; a second time where the pivot turns out to be a bad one."""
         mean = var = 0.0
         for _ in range(2):
-            shift, var = about(run, start, stop, n, splat(pivot))
-            shift *= per_count
+            s, q = about(run, start, stop, n, splat(pivot))
+            shift = lanes_sum(s) * per_count
             mean = pivot + shift
-            var = var * per_count - shift * shift
+            var = lanes_sum(widen(q)) * per_count - shift * shift
             if not shift * shift > NEAR * var:
                 break
             pivot = rounded(mean)
@@ -382,10 +320,10 @@ def make_run_moments(storage: Storage) -> Any:
         mean = var = 0.0
         if not is_centred:
             for start in range(0, n, CHUNK):
-                var += squares(run, start, min(start + CHUNK, n), n)
+                var += lanes_sum(widen(squares(run, start, min(start + CHUNK, n), n)))
             return mean, var * per_count
         head = min(HEAD if n <= 16 * HEAD else LONG_HEAD, n)
-        pivot = rounded(total(run, 0, head, n) / head)
+        pivot = rounded(lanes_sum(total(run, 0, head, n)) / head)
         if n <= CHUNK:
             mean, var = chunk(run, 0, n, n, per_count, pivot)
             return mean, 0.0 if var < 0.0 else var
