@@ -10,10 +10,11 @@ from steadynorm import kernels
 from steadynorm.errors import BackendError
 from steadynorm.kernels import reference_sample
 from steadynorm.kernels.backends import choose_sample
+from steadynorm.kernels.sample_ops import OPS
 from tests.sample_agree import Bench
 from tests.sample_cases import BY_NAME, SampleCase
 
-OPS = torch.ops.steadynorm
+
 NAMES = (
     "layer, plain",
     "layer, add",

@@ -21,11 +21,11 @@ def within_groups(
     activation: str | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y (N, C, *), and mean and biased variance (N, num_groups), detached."""
+    """y (N, C, *), and mean and biased variance (N · num_groups,), detached."""
     dense, grouping = grouping_.sample_groups(x, num_groups)
     settings = Settings(grouping, eps, activation)
     y, _, mean, var = normalize_sample(dense, weight, bias, settings, residual=residual, mask=mask)
-    return y, mean.reshape(x.shape[0], num_groups), var.reshape(x.shape[0], num_groups)
+    return y, mean, var
 
 
 def normalize_groups(

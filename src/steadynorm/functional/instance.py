@@ -1,6 +1,7 @@
 """Instance normalization: statistics of one channel of one sample."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ def normalize_instances(
 
     Returns: y (N, C, *), and mean and biased variance (N, C), detached.
     """
-    return within_groups(x, x.shape[1], weight, bias, eps=eps, residual=residual, activation=activation, mask=mask)
+    extras: dict[str, Any] = {"residual": residual, "activation": activation, "mask": mask}
+    y, mean, var = within_groups(x, x.shape[1], weight, bias, eps=eps, **extras)
+    return y, mean.reshape(x.shape[:2]), var.reshape(x.shape[:2])
 
 
 def normalize_portably(

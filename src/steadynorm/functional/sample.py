@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from steadynorm.grouping import SampleGrouping, dense_like
-from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, ops, reference_sample, sample_ops
+from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, ops, reference_sample
+from steadynorm.kernels.backends import choose_sample
+from steadynorm.kernels.sample_ops import OPS
 
-OPS = torch.ops.steadynorm
 HALF = (torch.bfloat16, torch.float16)
 AUTOCAST_TO_FLOAT = frozenset({"cuda", "xpu", "mps", "mtia", "maia"})
 """Devices on which torch's autocast runs layer_norm, group_norm and rms_norm in float32; on the CPU it does not."""
@@ -44,13 +45,13 @@ class _NormalizeSample(torch.autograd.Function):
         residual: Tensor | None,
         mask: Tensor | None,
         settings: Settings,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        grouping, eps, activation, *kind = ctx.settings = settings
-        run = OPS if ops.is_traced(x) else sample_ops
-        y, total, mean, var = run.sample_forward(
-            x, addend, *grouping, weight, bias, residual, mask, eps, activation, *kind
-        )
+        found: list[Tensor] | None,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """`found`: where mean and var go. None when traced: a graph has no place for them but among the outputs."""
+        ctx.settings = settings
+        y, total, mean, var = _forward(x, addend, weight, bias, residual, mask, settings, found is None)
         ctx.has_addend, ctx.has_residual = addend is not None, residual is not None
+        activation = settings.activation
         takes_output = ctx.has_residual and activation in FROM_OUTPUT
         ctx.save_for_backward(
             total if ctx.has_addend else x,
@@ -62,54 +63,72 @@ class _NormalizeSample(torch.autograd.Function):
             mean,
             var,
         )
-        ctx.mark_non_differentiable(mean, var, *(() if ctx.has_addend else (total,)))
         ctx.set_materialize_grads(False)
-        return y, total, mean, var
+        if found is None:
+            ctx.mark_non_differentiable(mean, var, *(() if ctx.has_addend else (total,)))
+            return y, total, mean, var
+        found.extend((mean, var))
+        return (y, total) if ctx.has_addend else y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if not ctx.has_addend:
             # A compiler hands zeros to every output, also to those without a gradient.
             dtotal = None
         if dy is None:
-            return dtotal, dtotal, *(None,) * 5
+            return dtotal, dtotal, *(None,) * 6
         total, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, dy, dtotal)
         grouping, eps, activation, *kind = ctx.settings
-        dy = dense_like(dy, total)
+        if dy.stride() != total.stride():
+            dy = dense_like(dy, total)
         if dtotal is not None:
             dtotal = dense_like(dtotal, total)
-        needs_dresidual = ctx.has_residual and ctx.needs_input_grad[4]
+        needs = ctx.needs_input_grad
+        needs_dresidual = ctx.has_residual and needs[4]
         is_dy = needs_dresidual and activation is None and mask is None
-        run = OPS if ops.is_traced(total) else sample_ops
-        dx, dweight, dbias, dresidual = run.sample_backward(
-            dy,
-            dtotal,
-            total,
-            *grouping,
-            mean,
-            var,
-            weight,
-            bias,
-            residual,
-            y,
-            mask,
-            eps,
-            activation,
-            *kind,
-            needs_dresidual and not is_dy,
-            ctx.needs_input_grad[2] or ctx.needs_input_grad[3],
-        )
+        rest = (mean, var, weight, bias, residual, y, mask, eps, activation, *kind)
+        wanted = needs_dresidual and not is_dy, needs[2] or needs[3]
+        if ops.is_traced(total):
+            dx, dweight, dbias, dresidual = OPS.sample_backward(dy, dtotal, total, *grouping, *rest, *wanted)
+        else:
+            backend = choose_sample(total, grouping, masked=mask is not None)
+            dx, dweight, dbias, dresidual = backend.sample_backward(dy, dtotal, total, grouping, *rest, *wanted)
         return (
-            dx if ctx.needs_input_grad[0] else None,
-            dx if ctx.needs_input_grad[1] else None,
-            dweight.to(weight.dtype) if ctx.needs_input_grad[2] else None,
-            dbias.to(bias.dtype) if ctx.needs_input_grad[3] else None,
+            dx if needs[0] else None,
+            dx if needs[1] else None,
+            dweight.to(weight.dtype) if needs[2] else None,
+            dbias.to(bias.dtype) if needs[3] else None,
             (dy if is_dy else dresidual) if needs_dresidual else None,
-            None,
-            None,
+            *(None,) * 3,
         )
+
+
+_apply: Any = super(torch.autograd.Function, _NormalizeSample).apply
+"""`_NormalizeSample.apply` less its looking for functional transforms, which `_runs_composed` has done."""
+
+
+def _forward(
+    x: Tensor,
+    addend: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    settings: Settings,
+    is_traced: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, the sum, mean and var: from the op in a traced call, else from the backend itself."""
+    grouping, *rest = settings
+    if is_traced:
+        y, total, mean, var = OPS.sample_forward(x, addend, *grouping, weight, bias, residual, mask, *rest)
+        return y, total, mean, var
+    backend = choose_sample(x, grouping, masked=mask is not None)
+    y, total, mean, var = backend.sample_forward(x, addend, grouping, weight, bias, residual, mask, *rest)
+    return y, total, mean, var
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -143,8 +162,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tup
         dweight,
         dbias,
         g if ctx.needs_input_grad[4] else None,
-        None,
-        None,
+        *(None,) * 3,
     )
 
 
@@ -207,8 +225,17 @@ def normalize_sample(
         return y, x, mean.detach(), var.detach()
     addend = None if addend is None else dense_like(addend, x)
     residual = None if residual is None else dense_like(residual, x)
-    y, total, mean, var = _NormalizeSample.apply(x, addend, weight, bias, residual, flat, settings)
-    return y, x if addend is None else total, mean, var
+    tensors = (x, addend, weight, bias, residual, flat)
+    if ops.is_traced(x):
+        y, total, mean, var = _NormalizeSample.apply(*tensors, settings, None)
+        return y, x if addend is None else total, mean, var
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return _forward(*tensors, settings, False)
+    found: list[Tensor] = []
+    if addend is None:
+        return _apply(*tensors, settings, found), x, *found
+    y, total = _apply(*tensors, settings, found)
+    return y, total, *found
 
 
 def under_autocast(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from steadynorm.kernels.backends import choose_sample
 from steadynorm.kernels.reference import statistics_dtype
 
 LIBRARY = torch.library.Library("steadynorm", "FRAGMENT")
+OPS = torch.ops.steadynorm
 VIEW = "SymInt samples, SymInt outer, SymInt groups, SymInt channels, SymInt inner, bool is_per_position"
 SETTINGS = "Tensor? mask, float eps, str? activation, bool is_centred, float weight_offset"
 

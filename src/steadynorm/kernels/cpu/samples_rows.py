@@ -30,6 +30,7 @@ from steadynorm.kernels.cpu.simd import (
     load_f32,
     load_f64,
     load_v64,
+    prefetch,
     square_root_of,
     store_f64,
     store_vector,
@@ -67,9 +68,10 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
 
     @inlined
     def value_at(run: Any, i: Any, n: Any, factors: Any) -> Any:
-        x, residual, weights, biases = run
+        x, residual, weights, biases, following = run
         high, invstd, rest = factors
         if n == LANES:
+            prefetch(following + i * size)
             z = fma(load(x + i * size) - high, invstd, rest) * load_lanes(weights + i * lane)
             if biases != 0:
                 z = z + load_lanes(biases + i * lane)
@@ -118,7 +120,7 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
                 factors = splat(high), splat(invstd), splat(rest * invstd)
                 beside = residual + o if residual != 0 else 0
                 first = group * n * lane
-                run = row, beside, weights + first, biases + first if biases != 0 else 0
+                run = row, beside, weights + first, biases + first if biases != 0 else 0, x + o + n * size
                 write(run, y + o, n, factors, streams)
             group += 1
             if group == groups:
@@ -199,7 +201,7 @@ def make_backward(storage: Storage, activation: str | None) -> Any:
                 product = product * per_count
                 total = total * per_count if is_centred else 0.0
                 more = splat(-product), splat(total)
-                write(run, dx + o, n, (factors, more, is_output), streams)
+                write(run, dx + o, n, (factors, more, is_output, n * size), streams)
             done += 1
             if done == FLUSH and needs_affine:
                 flush(products, wide_products, width)
@@ -323,10 +325,12 @@ def _make_input(storage: Storage, activation: str | None) -> Any:
     @inlined
     def value_at(run: Any, i: Any, n: Any, factors: Any) -> Any:
         x, dy, side, g, weights, biases, dtotal = run
-        (high, invstd, rest), (slope, centre), is_output = factors
+        (high, invstd, rest), (slope, centre), is_output, bytes_of_row = factors
         o, zero = i * size, splat(0.0)
         weight = load_lanes(weights + i * lane)
         if n == LANES:
+            prefetch(x + bytes_of_row + o)
+            prefetch(dy + bytes_of_row + o)
             normalized = fma(load(x + o) - high, invstd, rest)
             if g != 0:
                 value = load(g + o)

@@ -309,6 +309,20 @@ def stores_fence(typingctx: Any) -> Any:
     return types.void(), codegen
 
 
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the line at `address`, which may lie anywhere: into the first cache, without waiting."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        pointer, kind = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = ir.FunctionType(ir.VoidType(), [pointer, kind, kind, kind])
+        declared = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0i8")
+        builder.call(declared, [builder.inttoptr(args[0], pointer), kind(0), kind(3), kind(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 def _splat_load(vector: Vector, llvm: ir.Type) -> Any:
     @intrinsic
     def load_splat(typingctx: Any, address: Any) -> Any:
