@@ -14,7 +14,6 @@ from steadynorm.kernels.sample_ops import OPS
 from tests.sample_agree import Bench
 from tests.sample_cases import BY_NAME, SampleCase
 
-
 NAMES = (
     "layer, plain",
     "layer, add",

@@ -87,7 +87,7 @@ class _Normalize(torch.autograd.Function):
         dresidual: Tensor | None = None
         if needs_dresidual and activation is None and mask is None:
             needs_dresidual, dresidual = False, dy
-        flat = _flat(mask, grouping)
+        flat = flat_mask(mask, grouping)
         rest = (mean, var, weight, bias, residual, y, flat, eps, activation, is_constant, needs_dresidual)
         if ops.is_traced(x):
             dx, dweight, dbias, g = OPS.backward(dy, x, *grouping, *rest)
@@ -103,10 +103,10 @@ class _Normalize(torch.autograd.Function):
 
 
 _apply: Any = super(torch.autograd.Function, _Normalize).apply
-"""`_Normalize.apply` less its looking for functional transforms, which `_runs_composed` has done: 4 of 10 µs."""
+"""`_Normalize.apply` less its looking for functional transforms, which `runs_composed` has done: 4 of 10 µs."""
 
 
-def _flat(mask: Tensor | None, grouping: Grouping) -> Tensor | None:
+def flat_mask(mask: Tensor | None, grouping: Grouping) -> Tensor | None:
     """A mask (N, *) as kernels take it."""
     return None if mask is None else mask.reshape(grouping.outer, grouping.inner)
 
@@ -123,7 +123,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean and var: from the ops in a traced call, else from the backend itself."""
     grouping, eps, activation, _, found = settings
-    rest = (weight, bias, residual, _flat(mask, grouping), eps, activation)
+    rest = (weight, bias, residual, flat_mask(mask, grouping), eps, activation)
     if found is None:
         if mean is not None and var is not None:
             return OPS.normalize(x, *grouping, mean, var, *rest), mean, var
@@ -142,22 +142,34 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     _, eps, activation, is_constant, _ = ctx.settings
     statistics = (mean, var) if is_constant else None
     normalized, *_ = reference.compose(x, weight, bias, None, mask, eps, None, statistics)
-    g = dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0)
-    if y is not None:
-        # Piecewise linear: the slope is a constant on the side of the output.
-        side = y.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(ACTIVATIONS[activation](side).sum(), side)
-        g = g * slope
-    elif activation is not None:
-        z = normalized if residual is None else normalized + residual
-        (g,) = torch.autograd.grad(ACTIVATIONS[activation](z), z, g, create_graph=True)
+    if mask is not None:
+        # First, since zero times what padding holds may be NaN.
+        dy = torch.where(mask.unsqueeze(1), dy, 0)
+        residual = None if residual is None else torch.where(mask.unsqueeze(1), residual, 0)
+    g = through_activation(dy, normalized, residual, y, activation)
     wanted = [t for t, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]
     found = iter(torch.autograd.grad(normalized, wanted, g, create_graph=True) if wanted else ())
     gradients = [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
     return (*gradients, g if ctx.needs_input_grad[3] else None, *(None,) * 4)
 
 
-def _runs_composed(x: Tensor, residual: Tensor | None) -> bool:
+def through_activation(
+    dy: Tensor, normalized: Tensor, residual: Tensor | None, y: Tensor | None, activation: str | None
+) -> Tensor:
+    """dy · activation'(z) as a differentiable function, for z = normalized + residual, or on the side where y is."""
+    if activation is None:
+        return dy
+    if y is not None:
+        # Piecewise linear: the slope is a constant on the side of the output.
+        side = y.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(ACTIVATIONS[activation](side).sum(), side)
+        return dy * slope
+    z = normalized if residual is None else normalized + residual
+    (g,) = torch.autograd.grad(ACTIVATIONS[activation](z), z, dy, create_graph=True)
+    return g
+
+
+def runs_composed(x: Tensor, residual: Tensor | None) -> bool:
     """Whether the call needs plain differentiable PyTorch instead of the kernels."""
     if residual is not None and residual.dtype != x.dtype:
         return True
@@ -179,13 +191,8 @@ def _normalize(
 
     Returns: y, and mean and var, detached.
     """
-    if activation is not None and activation not in ACTIVATIONS:
-        raise InputError(f"activation got {activation!r}, expected None or one of {', '.join(ACTIVATIONS)}.")
-    if residual is not None and residual.shape != x.shape:
-        raise InputError(f"residual got shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}.")
-    if mask is not None:
-        _check_mask(x, mask)
-    if _runs_composed(x, residual):
+    check_extras(x, residual, activation, mask)
+    if runs_composed(x, residual):
         kept = statistics if is_constant else None
         y, *found = reference.compose(x, weight, bias, residual, mask, eps, activation, kept)
         return y, found[0].detach(), found[1].detach()
@@ -215,7 +222,18 @@ def _normalize(
     return y, found[0], found[1]
 
 
-def _check_mask(x: Tensor, mask: Tensor) -> None:
+def check_extras(x: Tensor, residual: Tensor | None, activation: str | None, mask: Tensor | None) -> None:
+    """Raise InputError for a residual, an activation or a mask that does not go with `x` (N, C, *)."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise InputError(f"activation got {activation!r}, expected None or one of {', '.join(ACTIVATIONS)}.")
+    if residual is not None and residual.shape != x.shape:
+        raise InputError(f"residual got shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}.")
+    if mask is not None:
+        check_mask(x, mask)
+
+
+def check_mask(x: Tensor, mask: Tensor) -> None:
+    """Raise InputError where `mask` is not bool (N, *) for `x` (N, C, *)."""
     expected = (x.shape[0], *x.shape[2:])
     if mask.dtype != torch.bool or mask.shape != expected:
         raise InputError(
@@ -223,7 +241,7 @@ def _check_mask(x: Tensor, mask: Tensor) -> None:
         )
 
 
-def _count(x: Tensor, mask: Tensor | None) -> int | Tensor:
+def count_of(x: Tensor, mask: Tensor | None) -> int | Tensor:
     """Values behind each statistic of the batch."""
     if mask is not None:
         return mask.sum()
@@ -238,14 +256,14 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
         mask: (N, *) bool, True where a value is valid.
     """
     if mask is not None:
-        _check_mask(x, mask)
+        check_mask(x, mask)
     x = x.detach()
-    if _runs_composed(x, None):
+    if runs_composed(x, None):
         _, mean, var = reference.compose(x, None, None, None, mask, 1.0, None)
     else:
         x, grouping = grouping_.batch(x)
-        mean, var = (OPS if ops.is_traced(x) else ops).moments(x, *grouping, _flat(mask, grouping))
-    return Moments(mean, var, _count(x, mask))
+        mean, var = (OPS if ops.is_traced(x) else ops).moments(x, *grouping, flat_mask(mask, grouping))
+    return Moments(mean, var, count_of(x, mask))
 
 
 def normalize_batch(
@@ -286,7 +304,7 @@ def normalize_batch(
             )
         statistics = moments.mean, moments.var
     y, mean, var = _normalize(x, weight, bias, statistics, eps, residual, activation, mask, is_constant=False)
-    count = _count(x, mask) if moments is None else moments.count
+    count = count_of(x, mask) if moments is None else moments.count
     return y, Moments(mean, var, count)
 
 

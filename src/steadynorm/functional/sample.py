@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from steadynorm.functional.batch import through_activation
 from steadynorm.grouping import SampleGrouping, dense_like
-from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, ops, reference_sample
+from steadynorm.kernels import FROM_OUTPUT, ops, reference_sample
 from steadynorm.kernels.backends import choose_sample
 from steadynorm.kernels.sample_ops import OPS
 
@@ -141,14 +142,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tup
         # First, since zero times what padding holds may be NaN.
         g = _where_valid(g, mask, settings.grouping)
         residual = None if residual is None else _where_valid(residual, mask, settings.grouping)
-    if y is not None:
-        # Piecewise linear: the slope is a constant on the side of the output.
-        side = y.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(ACTIVATIONS[settings.activation](side).sum(), side)
-        g = g * slope
-    elif settings.activation is not None:
-        z = normalized if residual is None else normalized + residual
-        (g,) = torch.autograd.grad(ACTIVATIONS[settings.activation](z), z, g, create_graph=True)
+    g = through_activation(g, normalized, residual, y, settings.activation)
     needs_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
     needs = (needs_dx, *ctx.needs_input_grad[2:4])
     wanted = [t for t, needed in zip((total, weight, bias), needs, strict=True) if needed]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from steadynorm import grouping as grouping_
 from steadynorm.errors import InputError
-from steadynorm.functional.batch import _check_mask, _count, _flat, _runs_composed
+from steadynorm.functional.batch import check_extras, count_of, flat_mask, runs_composed, through_activation
 from steadynorm.grouping import Grouping, dense_like
-from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, ops, reference
+from steadynorm.kernels import FROM_OUTPUT, ops, reference
 from steadynorm.moments import Moments, merge
 
 OPS = torch.ops.steadynorm
@@ -61,12 +61,12 @@ class _Together(torch.autograd.Function):
         call = OPS if ops.is_traced(parts[0].x) else ops
         found = []
         for (x, _, mask), grouping in zip(parts, groupings, strict=True):
-            mean, var = call.moments(x, *grouping, _flat(mask, grouping))
-            found.append(Moments(mean, var, _count(x, mask)))
+            mean, var = call.moments(x, *grouping, flat_mask(mask, grouping))
+            found.append(Moments(mean, var, count_of(x, mask)))
         merged = merge(found) if reduction is None else reduction.merge(merge(found))
         mean, var = merged.mean, merged.var
         ys = [
-            call.normalize(x, *grouping, mean, var, weight, bias, residual, _flat(mask, grouping), eps, activation)
+            call.normalize(x, *grouping, mean, var, weight, bias, residual, flat_mask(mask, grouping), eps, activation)
             for (x, residual, mask), grouping in zip(parts, groupings, strict=True)
         ]
         count = torch.as_tensor(merged.count, dtype=mean.dtype, device=mean.device)
@@ -95,7 +95,7 @@ class _Together(torch.autograd.Function):
             residual, y = (None, side) if ctx.takes_output[i] else (side, None)
             dy, dys[i] = dense_like(dys[i], x), None  # type: ignore[call-overload]
             g, *both = call.backward_sums(
-                dy, x, *grouping, mean, var, weight, bias, residual, y, _flat(masks[i], grouping), eps, activation
+                dy, x, *grouping, mean, var, weight, bias, residual, y, flat_mask(masks[i], grouping), eps, activation
             )
             gs.append(g)
             sums.append(torch.stack(both))
@@ -106,7 +106,7 @@ class _Together(torch.autograd.Function):
             dx = None
             if needs[3 + 3 * i]:
                 dx = call.backward_input(
-                    gs[i], x, *grouping, mean, var, weight, dweight, dbias, count, _flat(masks[i], grouping), eps
+                    gs[i], x, *grouping, mean, var, weight, dweight, dbias, count, flat_mask(masks[i], grouping), eps
                 )
             found += [dx, gs[i] if needs[4 + 3 * i] else None, None]
         # Those of weight and bias are the sums of this process: adding them over processes is left to whoever owns
@@ -133,16 +133,13 @@ def _differentiable_backward(ctx: Any, dys: list[Tensor]) -> tuple[Tensor | None
     parts = [Part(x, None, mask) for x, mask in zip(xs, masks, strict=True)]
     normalized, _ = _composed(parts, weight, bias, eps, None, reduction)
     gs = []
-    for i, (dy, mask) in enumerate(zip(dys, masks, strict=True)):
-        g = dy if mask is None else torch.where(mask.unsqueeze(1), dy, 0)
-        if activation is not None:
-            # Piecewise linear activations: the slope is a constant on the side of the output.
-            z = normalized[i] if sides[i] is None else normalized[i] + sides[i]
-            if ctx.takes_output[i]:
-                z = sides[i].detach().requires_grad_()
-            (slope,) = torch.autograd.grad(ACTIVATIONS[activation](z), z, torch.ones_like(z), create_graph=True)
-            g = g * slope
-        gs.append(g)
+    for i, (dy, mask, side) in enumerate(zip(dys, masks, sides, strict=True)):
+        if mask is not None:
+            # First, since zero times what padding holds may be NaN.
+            dy = torch.where(mask.unsqueeze(1), dy, 0)
+            side = None if side is None else torch.where(mask.unsqueeze(1), side, 0)
+        residual, y = (None, side) if ctx.takes_output[i] else (side, None)
+        gs.append(through_activation(dy, normalized[i], residual, y, activation))
     wanted = [t for t, needed in ((weight, needs[0]), (bias, needs[1])) if needed]
     wanted += [x for i, x in enumerate(xs) if needs[3 + 3 * i]]
     found = iter(torch.autograd.grad(normalized, wanted, gs, create_graph=True) if wanted else ())
@@ -168,7 +165,7 @@ def _composed(
     dtype = reference.statistics_dtype(parts[0].x)
     values = [x.to(dtype) if mask is None else torch.where(mask.unsqueeze(1), x, 0).to(dtype) for x, _, mask in parts]
     dims = [[0, *range(2, x.dim())] for x in values]
-    counts = torch.stack([torch.as_tensor(_count(x, mask), dtype=dtype, device=x.device) for x, _, mask in parts])
+    counts = torch.stack([torch.as_tensor(count_of(x, mask), dtype=dtype, device=x.device) for x, _, mask in parts])
     sums = torch.stack([x.sum(d) for x, d in zip(values, dims, strict=True)]).sum(0)
     joined = total(torch.cat([sums, counts.sum().reshape(1)]))
     count = joined[-1].clamp(min=1)
@@ -210,7 +207,7 @@ def normalize_together(
     Source: Ioffe & Szegedy, Batch Normalization (2015), Algorithm 1, over a batch that is never in one place.
     """
     _check(parts, activation)
-    if any(_runs_composed(x, residual) for x, residual, _ in parts):
+    if any(runs_composed(x, residual) for x, residual, _ in parts):
         return _composed(parts, weight, bias, eps, activation, reduction)
     tensors: list[Tensor | None] = []
     groupings = []
@@ -228,8 +225,6 @@ def normalize_together(
 def _check(parts: Sequence[Part], activation: str | None) -> None:
     if not parts:
         raise InputError("normalize_together got no parts: give at least one.")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise InputError(f"activation got {activation!r}, expected None or one of {', '.join(ACTIVATIONS)}.")
     first = parts[0].x
     for x, residual, mask in parts:
         if x.shape[1] != first.shape[1] or x.dtype != first.dtype:
@@ -237,7 +232,4 @@ def _check(parts: Sequence[Part], activation: str | None) -> None:
                 f"normalize_together got parts {tuple(first.shape)} of {first.dtype} and {tuple(x.shape)} of"
                 f" {x.dtype}: parts of one batch have the same channels and dtype."
             )
-        if residual is not None and residual.shape != x.shape:
-            raise InputError(f"residual got shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}.")
-        if mask is not None:
-            _check_mask(x, mask)
+        check_extras(x, residual, activation, mask)

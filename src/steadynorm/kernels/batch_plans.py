@@ -53,6 +53,7 @@ MAKERS = {
     "rows_sums": ("rows", "make_sums"),
     "rows_input": ("rows", "make_input"),
     "running_update": ("running", "make_update"),
+    "each": ("each", "make_each"),
 }
 
 

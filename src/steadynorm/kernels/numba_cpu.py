@@ -197,11 +197,16 @@ def forward(
     return y, mean, var
 
 
-def _side(activation: str | None, residual: Tensor | None, y: Tensor | None) -> str:
+def side_of(activation: str | None, residual: Tensor | None, y: Tensor | None) -> str:
     """What beside x tells where the derivative is taken; see planes.make_backward."""
     if activation is None:
         return ""
     return "output" if y is not None else "residual" if residual is not None else ""
+
+
+def kept_gradient(activation: str | None, residual: Tensor | None, y: Tensor | None) -> bool:
+    """Whether g is kept between the two passes back, because it costs more to make again."""
+    return activation is not None and (activation in SMOOTH or residual is not None or y is not None)
 
 
 def _begin_backward(
@@ -244,10 +249,10 @@ def backward_sums(
     call.point(at.G, g)
     if grouping.is_rows:
         call.columns(at.TO_COEFFICIENTS)
-        call.run("rows_sums", 0, activation, _side(activation, residual, y), True)
+        call.run("rows_sums", 0, activation, side_of(activation, residual, y), True)
         call.columns(at.TO_SUMS)
     else:
-        call.run("planes_backward", at.SUMS, activation, _side(activation, residual, y), True)
+        call.run("planes_backward", at.SUMS, activation, side_of(activation, residual, y), True)
     return g, dweight, dbias
 
 
@@ -305,8 +310,8 @@ def backward(
     """See the contract in `steadynorm.kernels`."""
     mean, var = mean.double().contiguous(), var.double().contiguous()
     dresidual = empty_like(x) if needs_dresidual else None
-    keeps_g = activation is not None and (activation in SMOOTH or residual is not None or y is not None)
-    variant = activation, _side(activation, residual, y), needs_dresidual or keeps_g
+    keeps_g = kept_gradient(activation, residual, y)
+    variant = activation, side_of(activation, residual, y), needs_dresidual or keeps_g
     if _is_small(x, weight, bias):
         side = residual if y is None else y
         found = numba_small.backward(dy, x, grouping, mean, var, weight, bias, side, eps, is_given, variant, dresidual)

@@ -2,17 +2,14 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from steadynorm import functional
 from steadynorm.errors import InputError
-from steadynorm.grouping import is_channels_last
 from steadynorm.layers import checks
 from steadynorm.layers.batch import BatchNorm
 from steadynorm.layers.running import Running
-from steadynorm.layers.wide import wide
-from steadynorm.moments import Moments, merge
+from steadynorm.moments import Moments
 
 
 class GhostBatchNorm(BatchNorm):
@@ -31,7 +28,7 @@ class GhostBatchNorm(BatchNorm):
         sizes = slice_sizes(x, self.ghost_size)
         if len(sizes) == 1:
             return super()._by_batch(x, running, weight, bias, extras)
-        return _normalize_slices(x, sizes, weight, bias, **extras)
+        return functional.normalize_slices(x, sizes, weight, bias, **extras)
 
     def _decide(self, x: Tensor, has_running: bool) -> tuple[bool, bool]:
         by_batch, updates = super()._decide(x, has_running)
@@ -52,7 +49,7 @@ class GhostBatchNorm(BatchNorm):
             )
 
 
-def slice_sizes(x: Tensor, ghost_size: int) -> list[int]:
+def slice_sizes(x: Tensor, ghost_size: int) -> tuple[int, ...]:
     """Samples of each slice: `ghost_size`, and what is left in the last.
 
     One value per channel is no statistic: a last slice of that joins the one before.
@@ -64,37 +61,7 @@ def slice_sizes(x: Tensor, ghost_size: int) -> list[int]:
         sizes[-1] += rest
     elif rest or not sizes:
         sizes.append(rest)
-    return sizes
-
-
-def _normalize_slices(
-    x: Tensor,
-    sizes: list[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    eps: float,
-    residual: Tensor | None,
-    activation: str | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Moments]:
-    """`functional.normalize_batch` slice by slice, and the merged Moments of the slices."""
-    weight, bias = (None if t is None else wide(t) for t in (weight, bias))
-    ys, parts = [], []
-    # One split instead of many slices: its backward is one concatenation.
-    for part, also, valid in zip(*(_split(t, sizes) for t in (x, residual, mask)), strict=True):
-        y, moments = functional.normalize_batch(
-            part, weight, bias, eps=eps, residual=also, activation=activation, mask=valid
-        )
-        ys.append(y)
-        parts.append(moments)
-    if is_channels_last(x):
-        return torch.cat([y.movedim(1, -1) for y in ys]).movedim(-1, 1), merge(parts)
-    return torch.cat(ys), merge(parts)
-
-
-def _split(x: Tensor | None, sizes: list[int]) -> tuple[Tensor | None, ...]:
-    return (None,) * len(sizes) if x is None else x.split(sizes)
+    return tuple(sizes)
 
 
 class GhostBatchNorm1d(GhostBatchNorm, nn.BatchNorm1d):
