@@ -390,6 +390,14 @@ def test_half_precision_is_widened_and_comes_back(dtype):
     model(torch.randn(8, 3, dtype=dtype))
 
 
+def test_a_refusal_gives_back_the_buffers_that_were_widened():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, eps=0.0)).to(torch.bfloat16)
+    before = identities(model)
+    with pytest.raises(InputError, match="eps must be positive"):
+        convert_(model, "steadynorm")
+    assert identities(model) == before
+
+
 class FrozenBatchNorm2d(AsInTorchvision):
     """The name, too."""
 
