@@ -11,6 +11,7 @@ from torch import nn
 
 import steadynorm
 from steadynorm.errors import DegenerateStatisticsError, InputError
+from steadynorm.recipes import digits as recipe
 from steadynorm.training import adapt_, adapted, recalibrate_
 
 
@@ -150,3 +151,42 @@ def test_a_failure_leaves_the_model_as_it_was():
 def test_bad_priors(prior):
     with pytest.raises(InputError, match="prior must be a number of samples"):
         adapt_(network(), [source_and_target()[0]], prior=prior)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A network that reads digits, and images that it was not trained on."""
+    torch.manual_seed(0)
+    model = recipe.model()
+    optimizer = recipe.optimizer(model.parameters())
+    for seed in range(3):
+        for batch in recipe.batches("train", 32, seed):
+            optimizer.zero_grad()
+            recipe.loss(model(batch[0]), batch).backward()
+            optimizer.step()
+    images, labels = recipe.data()["test"]
+    order = torch.randperm(len(images))
+    return model.eval(), images[order], labels[order]
+
+
+def accuracy(model, images, labels, batch_size, prior):
+    right = 0
+    for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+        with adapted(model, [x], prior=prior), torch.no_grad():
+            right += int((model(x).argmax(1) == y).sum())
+    return right / len(images)
+
+
+@pytest.mark.parametrize(("batch_size", "count"), [(1, 60), (16, 360), (200, 360)])
+def test_it_helps_where_data_has_shifted_and_costs_nothing_where_not(digits, batch_size, count):
+    """tent issues 4 and 7: adaptation that ruins what worked. Here: never much worse than the source."""
+    model, images, labels = digits
+    images, labels = images[:count], labels[:count]
+    gains = {}
+    for name, x in {"none": images, "brighter": images + 0.5, "darker": images * 0.4}.items():
+        with torch.no_grad():
+            source = float((model(x).argmax(1) == labels).float().mean())
+        gains[name] = accuracy(model, x, labels, batch_size, prior=16) - source
+    assert min(gains.values()) > -0.02
+    if batch_size > 1:
+        assert gains["brighter"] > 0.2
