@@ -254,6 +254,32 @@ def test_a_subclass_that_is_only_a_name_comes_back_as_itself():
         assert identities(model) == before
 
 
+class OursNamed(layers.BatchNorm2d):
+    pass
+
+
+def test_a_subclass_of_ours_that_is_only_a_name_comes_back_as_itself():
+    model = nn.Sequential(OursNamed(4))
+    convert_(model, "sync")
+    convert_(model, "batch")
+    assert type(model[0]) is OursNamed
+    convert_(model, "torch")
+    assert type(model[0]) is nn.BatchNorm2d
+    convert_(model, "sync")
+    convert_(model, "batch")
+    assert type(model[0]) is nn.BatchNorm2d
+    convert_(model, "steadynorm")
+    assert type(model[0]) is OursNamed
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+def test_a_compiled_script_is_left_and_named():
+    model = nn.Sequential(torch.jit.script(nn.BatchNorm2d(3)), nn.BatchNorm2d(3))
+    change = convert_(model, "steadynorm")
+    assert list(change.left) == ["0"]
+    assert [one.paths for one in change.log] == [("1",)]
+
+
 @pytest.mark.parametrize("target", ["steadynorm", "sync"])
 def test_a_subclass_with_its_own_forward_is_refused_by_name(target):
     """torch's converter drops the activation without a word: outputs off by 2.7.

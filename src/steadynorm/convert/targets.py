@@ -55,14 +55,16 @@ def to_steadynorm(layer: nn.Module) -> Plan | None:
     if kind is None or is_ours(cls):
         return None
     if kind == "frozen":
-        attributes: dict[str, Any] = {"num_features": len(layer.get_buffer("running_mean"))}
-        return Plan(FrozenBatchNorm2d, {"torch": cls}, attributes) if is_frozen_batch_norm(layer) else None
+        if not is_frozen_batch_norm(layer):
+            return None
+        return Plan(FrozenBatchNorm2d, {"torch": cls}, {"num_features": len(layer.get_buffer("running_mean"))})
     base = _base(layer, cls)
     earlier = {target: OURS.get(one, one) for target, one in _earlier(layer).items()}
+    ours, earlier = _again(earlier, "steadynorm", OURS[base])
     if cls is not base:
         earlier["torch"] = cls
     attributes = {"process_group": layer.process_group} if isinstance(layer, nn.SyncBatchNorm) else {}
-    return Plan(OURS[base], earlier, attributes)
+    return Plan(ours, earlier, attributes)
 
 
 def to_torch(layer: nn.Module) -> Plan | None:
@@ -70,14 +72,17 @@ def to_torch(layer: nn.Module) -> Plan | None:
     cls = own_class(layer)
     if not is_ours(cls):
         return None
-    earlier = _earlier(layer)
-    torchs, before = TORCHS.get(_base(layer, cls)), earlier.pop("torch", None)
-    if before is not None and (torchs is None or issubclass(before, torchs)):
-        torchs = before
-    if torchs is None:
+    base = _base(layer, cls)
+    earlier = {target: TORCHS.get(one, one) for target, one in _earlier(layer).items()}
+    if base is FrozenBatchNorm2d and "torch" in earlier:
+        torchs = earlier.pop("torch")
+    elif base in TORCHS:
+        torchs, earlier = _again(earlier, "torch", TORCHS[base])
+    else:
         raise InputError(f"is a {named(cls)}, which torch.nn does not have")
     _ensure_at_default(layer)
-    earlier = {target: TORCHS.get(one, one) for target, one in earlier.items()}
+    if cls is not base:
+        earlier["steadynorm"] = cls
     return Plan(torchs, earlier, drop=(*SETTINGS.values(), "_joined"))
 
 
@@ -130,6 +135,14 @@ def to_batch(dims: int | None) -> Rule:
 
 def _earlier(layer: nn.Module) -> Classes:
     return dict(getattr(layer, EARLIER, {}))
+
+
+def _again(earlier: Classes, target: str, cls: type[nn.Module]) -> tuple[type[nn.Module], Classes]:
+    """The class that a layer had under this target, if it was one made from `cls`, else that; the rest of `earlier`."""
+    before = earlier.get(target, cls)
+    if not issubclass(before, cls):
+        return cls, earlier
+    return before, {other: one for other, one in earlier.items() if other != target}
 
 
 def _base(layer: nn.Module, cls: type[nn.Module]) -> type[nn.Module]:
