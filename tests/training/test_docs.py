@@ -10,7 +10,9 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize("name", ["convert", "freeze", "param_groups", "transaction"])
+@pytest.mark.parametrize(
+    "name", ["adapt", "average", "convert", "freeze", "merge", "param_groups", "recalibrate", "transaction"]
+)
 def test_the_examples_run(name, capsys):
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
