@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from steadynorm import sync_group
@@ -70,6 +71,28 @@ def one_collective_forward_and_one_backward(rank, world):
     assert collectives() == before + 1
     y.sum().backward()
     assert collectives() == before + 2
+
+
+class Watch(TorchDispatchMode):
+    """Fails where a value is asked for on the host: on a GPU that would wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "item")
+        assert func.overloadpacket.__name__ not in waits, func
+        return func(*args, **(kwargs or {}))
+
+
+@on_ranks(2)
+def nothing_waits_for_the_device(rank, world):
+    """https://github.com/pytorch/pytorch/issues/78549"""
+    for options in ({}, {"momentum": None}, {"debias": True}):
+        layer = SyncBatchNorm(4, **options)
+        _, part = batch(rank, world)
+        mask = cut(torch.rand(9, 5) > 0.3, world)[rank]
+        with Watch():
+            layer(part, mask=mask).sum().backward()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), Watch():
+        part.sum().item()
 
 
 @on_ranks(2)

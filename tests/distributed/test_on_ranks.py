@@ -8,16 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.processes import run_checks
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("modules", [("equality", "behaviour"), ("frameworks", "faults")], ids="+".join)
-def test_on_ranks(modules):
-    failures = run_checks(*(f"tests.distributed.{module}" for module in modules))
+def test_on_ranks():
+    """One launch of four processes for all of it: they take longer to start than most checks to run."""
+    # Faults come last: they leave fewer and fewer processes.
+    failures = run_checks(*(f"tests.distributed.{name}" for name in ("equality", "behaviour", "frameworks", "faults")))
     assert not failures, "\n".join(failures)
 
 

@@ -23,8 +23,8 @@ class SyncBatchNorm(BatchNorm, _BatchNorm):
     where the running statistics normalise and stay, none is waited for. A group of one, and a process where
     torch.distributed is not initialised and no group was asked for, has a plain batch norm.
 
-    One value per channel is an error on no rank, since the others may have more: only the device knows. Where they
-    have none, the output is the bias and the running statistics stay.
+    One value per channel is an error on no rank, whatever `single_value` says, since the others may have more: only
+    the device knows. Where they have none, the output is the bias and the running statistics stay.
 
     It is no subclass of `torch.nn.SyncBatchNorm`, which DistributedDataParallel refuses on the CPU. Its state_dict is
     that of one.
