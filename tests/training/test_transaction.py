@@ -273,6 +273,50 @@ def test_the_block_asks_the_device_nothing(is_skipped):
         bool(loss > 0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_skipped", [False, True])
+def test_the_block_does_not_wait_for_a_gpu(is_skipped):
+    model = Network(layers.BatchNorm1d(6)).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = GradScaler("cuda")
+    steps = transaction(model, scaler)
+    x = data(0)[0].cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        t = steps.__enter__()
+        loss = model(x).square().mean()
+        scaled = scaler.scale(loss * torch.inf if is_skipped else loss)
+        t.reject(~loss.isfinite())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    scaled.backward()
+    scaler.step(optimizer)
+    scaler.update()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps.__exit__(None, None, None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert int(model.norm.num_batches_tracked) == (not is_skipped)
+
+
+def test_a_second_pass_of_the_same_batch_can_be_taken_back_alone():
+    """SAM goes through every batch twice; the second pass, with other weights, is not for the statistics.
+
+    https://github.com/davda54/sam/issues/17, https://github.com/pytorch/pytorch/issues/44415
+    """
+    model = Network(layers.BatchNorm1d(6))
+    with transaction(model) as step:
+        y = model(data(0)[0])
+        once = buffers(model)
+        with transaction(model) as second:
+            again = model(data(0)[0])
+            second.reject()
+        step.reject(~again.isfinite())
+    assert buffers(model) == once
+    assert torch.equal(again, y), "it is normalised by its batch, as the first was"
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_around_a_compiled_model():
     torch._dynamo.reset()
