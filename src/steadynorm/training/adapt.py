@@ -85,8 +85,7 @@ def adapt_(
         return merged(path, pool.all_values, run.samples_seen)
 
     run = Run(model, chosen, batches, forward or call, group, progress, correct=correct)
-    generators = [g for g in [getattr(batches, "generator", None)] if isinstance(g, torch.Generator)]
-    with models.undisturbed(model, *generators), evaluation(model):
+    with evaluation(model, batches):
         pools = run.one_pass() if method == "one_pass" else run.layer_by_layer(finish)
     return exchange_(
         chosen,

@@ -1,7 +1,7 @@
 """Passes of data through a model to see what reaches its batch norms, in step with other processes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,17 +56,38 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and no running statistic moving; the caller puts all of it back.
+def evaluation(model: nn.Module, batches: Batches) -> Iterator[None]:
+    """Every module in evaluation mode, and no running statistic moving; afterwards all is as it was, random states too.
 
     Modes are set one by one: an overridden train() may do anything.
     """
-    for module in model.modules():
-        module.training = False
-        if getattr(module, "update_running", None) is not None:
-            module.update_running = False  # type: ignore[assignment]
-    with torch.no_grad():
+    generators = [g for g in [getattr(batches, "generator", None)] if isinstance(g, torch.Generator)]
+    is_sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    # The parameters of FSDP come and go while it runs, and are its own to put back.
+    kept = _modes_and_buffers(model) if is_sharded else nullcontext()
+    with models.undisturbed(nn.Identity() if is_sharded else model, *generators), kept, torch.no_grad():
+        for module in model.modules():
+            module.training = False
+            if getattr(module, "update_running", None) is not None:
+                module.update_running = False  # type: ignore[assignment]
         yield
+
+
+@contextmanager
+def _modes_and_buffers(model: nn.Module) -> Iterator[None]:
+    """The modes and buffers of a model afterwards as before."""
+    modules = {m: (m.training, getattr(m, "update_running", None)) for m in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    try:
+        yield
+    finally:
+        for module, (mode, updates) in modules.items():
+            module.training = mode
+            if updates is not None:
+                module.update_running = updates
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
 
 
 def call(model: nn.Module, batch: Any) -> Any:

@@ -6,10 +6,8 @@ batch counts by its values, and the variance between batches is part of the vari
 
 from typing import Any
 
-import torch
 from torch import nn
 
-from steadynorm import models
 from steadynorm.errors import InputError
 from steadynorm.selection import Selection
 from steadynorm.training.passes import (
@@ -74,8 +72,7 @@ def recalibrate_(
     model = unwrapped(model)
     chosen, left_out = choose(model, layers)
     run = Run(model, chosen, batches, forward or call, group, progress, samples, tolerance)
-    generators = [g for g in [getattr(batches, "generator", None)] if isinstance(g, torch.Generator)]
-    with models.undisturbed(model, *generators), evaluation(model):
+    with evaluation(model, batches):
         pools = run.one_pass() if method == "one_pass" else run.layer_by_layer()
     left_out |= {path: "was never called" for path in chosen if path not in pools}
     if not pools:
