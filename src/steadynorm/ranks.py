@@ -5,6 +5,7 @@ compiled graph the collectives are PyTorch's functional ones, which the compiler
 """
 
 import os
+import re
 import socket
 from collections import deque
 from datetime import timedelta
@@ -175,10 +176,15 @@ class _Call:
 
 def _distance(a: Tensor, b: Tensor, channels: int) -> Tensor:
     """How far the Moments in two buffers are apart: in deviations, the worst channel; inf where counts differ."""
+    if not channels:
+        return a.new_zeros(())
     mean, var = (a - b).abs()[:channels], (a - b).abs()[channels : 2 * channels]
-    scale = torch.maximum(a, b)[channels : 2 * channels].clamp(min=torch.finfo(a.dtype).tiny)
-    apart = torch.maximum(mean / scale.sqrt(), var / scale).max() if channels else a.new_zeros(())
-    is_same = (a[2 * channels :] == b[2 * channels :]).all() & (len(a) == len(b)) & ~torch.isnan(apart)
+    largest = torch.maximum(a.abs(), b.abs())
+    # A channel that hardly varies is as exact as its mean: 1e-6 of it, in float32, are SAME_BATCH of this deviation.
+    scale = torch.maximum(largest[channels : 2 * channels], (SAME_BATCH * largest[:channels]).square())
+    scale = scale.clamp(min=torch.finfo(a.dtype).tiny)
+    apart = torch.maximum(mean / scale.sqrt(), var / scale).max()
+    is_same = (a[2 * channels :] == b[2 * channels :]).all() & ~torch.isnan(apart)
     return torch.where(is_same, apart, torch.inf)
 
 
@@ -204,12 +210,13 @@ torch.library.register_fake("steadynorm::arrived", lambda result, sent, name: to
 
 
 def _about_missing(name: str, error: RuntimeError) -> str:
-    lines = str(error).splitlines()
+    # "[file:line] What happened. What it may be due to.": the middle.
+    reason = re.sub(r"^\[[^\]]*\] ", "", str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
     phase = "backward" if _is_in_backward() else "forward"
     return (
         f"{name} waited for the other ranks of its group in its {phase} pass, and a rank is gone or did not come within"
         " the timeout of the group: look for the first error of another rank; all have to call this layer equally"
-        f" often, with an empty batch too (torch.distributed: {lines[0] if lines else type(error).__name__})."
+        f" often, with an empty batch too (torch.distributed: {reason})."
     )
 
 

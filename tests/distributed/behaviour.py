@@ -164,7 +164,7 @@ def shared_by_two_places(rank, world):
     assert layer.num_batches_tracked == 2
 
 
-@on_ranks(2)
+@on_ranks(2, 3)
 def running_statistics_that_move_without_normalising(rank, world):
     layer, one = SyncBatchNorm(4), BatchNorm1d(4)
     for norm in (layer, one):

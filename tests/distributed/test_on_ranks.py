@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.processes import run_checks
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +19,12 @@ def test_on_ranks():
     """One launch of four processes for all of it: they take longer to start than most checks to run."""
     # Faults come last: they leave fewer and fewer processes.
     failures = run_checks(*(f"tests.distributed.{name}" for name in ("equality", "behaviour", "frameworks", "faults")))
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.slow
+def test_on_ranks_with_the_default_compiler():
+    failures = run_checks("tests.distributed.inductor")
     assert not failures, "\n".join(failures)
 
 

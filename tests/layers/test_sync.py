@@ -193,6 +193,14 @@ def test_another_batch_is_not_taken_for_the_same(other):
         kept(0.5).find(other, 1, "it")
 
 
+def test_a_channel_that_hardly_varies_is_as_exact_as_its_mean():
+    calls = _Calls()
+    calls.remember(sent(100.0, 0.0), "constant")
+    assert calls.find(sent(100.0 * (1 + 1e-7), 1e-12), 1, "it") == "constant"
+    with pytest.raises(DistributedError):
+        calls.find(sent(100.01, 0.0), 1, "it")
+
+
 def test_no_more_calls_are_kept_than_that():
     calls = kept(*range(REMEMBERED_CALLS + 5))
     assert len(calls._kept) == REMEMBERED_CALLS
