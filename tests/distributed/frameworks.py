@@ -55,7 +55,10 @@ def trained_on_the_whole(steps=3):
 
 @on_ranks(2, 3)
 def distributed_data_parallel(rank, world):
-    """On the CPU, uneven and with an empty rank: https://github.com/pytorch/pytorch/issues/64039"""
+    """On the CPU: https://github.com/open-mmlab/mmsegmentation/issues/2147
+
+    Uneven, and with an empty rank: https://github.com/pytorch/pytorch/issues/64039
+    """
     x, target, one = trained_on_the_whole()
     warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a successor in torch 2.13, and none before
     for options in ({}, {"broadcast_buffers": False}, {"static_graph": True}):
