@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from steadynorm import grouping as grouping_
 from steadynorm.grouping import SampleGrouping
 from steadynorm.kernels import FROM_OUTPUT, numba_sample
 from tests.cases import ACTIVATIONS
@@ -290,6 +291,7 @@ def test_what_it_does_not_take():
 
 FORK = """
 import os, signal, torch
+from steadynorm import grouping as grouping_
 from steadynorm.grouping import SampleGrouping
 from steadynorm.kernels import numba_sample
 torch.set_num_threads(2)
@@ -310,3 +312,20 @@ assert os.waitpid(child, 0)[1] == 0
 def test_a_forked_child_does_not_wait_for_threads_it_does_not_have():
     needs(Call((1, 1, 2, 1, 150_001)))
     subprocess.run([sys.executable, "-W", "ignore", "-c", FORK], check=True, timeout=100)
+
+
+@pytest.mark.parametrize("rows", [4, 600], ids=["small", "large"])
+def test_the_default_device_is_for_others(rows):
+    """Scratch memory and results are on the CPU, whatever torch.set_default_device says."""
+    x, dy, weight = torch.randn(rows, 256), torch.randn(rows, 256), torch.rand(256)
+
+    def call():
+        _, grouping = grouping_.layer(x, 1)
+        y, _, mean, var = numba_sample.sample_forward(x, None, grouping, weight, weight)
+        return y, mean, var, *numba_sample.sample_backward(dy, None, x, grouping, mean, var, weight, weight)[:3]
+
+    expected = call()
+    with torch.device("meta"):
+        found = call()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)

@@ -11,7 +11,7 @@ from steadynorm.errors import InputError
 from steadynorm.functional.batch import check_extras, normalize_batch, runs_composed, through_activation
 from steadynorm.grouping import Grouping, dense_like, is_channels_last
 from steadynorm.kernels import FROM_OUTPUT, numba_cpu, ops, reference
-from steadynorm.kernels.numba_small import takes
+from steadynorm.kernels.batch_plans import is_readable
 from steadynorm.moments import Moments, merge, merge_rows
 
 
@@ -134,7 +134,7 @@ def _is_for_kernels(
     """Whether the compiled kernels can do it; what they cannot, `normalize_batch` does or says why not."""
     if mask is not None or ops.is_traced(x) or runs_composed(x, residual):
         return False
-    return takes(weight) and takes(bias) and kernels.choose(x) is numba_cpu
+    return is_readable(weight) and is_readable(bias) and kernels.choose(x) is numba_cpu
 
 
 def _one_by_one(

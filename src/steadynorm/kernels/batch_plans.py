@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from steadynorm.grouping import Grouping
 from steadynorm.kernels.cpu import arguments as at
@@ -29,6 +30,21 @@ ROW_BLOCK = 1 << 18  # values in one task of rows
 MOST_ROW_BLOCKS = 256
 FOLDED_COLUMNS = 256  # rows are folded up to this many columns
 FOLD_BELOW = 64  # channels; from here on a row fills its vectors well enough
+
+
+def is_readable(parameter: Tensor | None) -> bool:
+    """Whether the kernels can read a weight or bias where it is."""
+    if parameter is None:
+        return True
+    dtype = parameter.dtype
+    return (dtype is torch.float32 or dtype is torch.float64) and parameter.is_contiguous()
+
+
+def readable(parameter: Tensor | None) -> Tensor | None:
+    """A weight or bias as the kernels can read it: itself, or a copy that must live as long as they run."""
+    if parameter is None or is_readable(parameter):
+        return parameter
+    return parameter.detach().float().contiguous()
 
 
 @cache

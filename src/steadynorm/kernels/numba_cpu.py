@@ -16,16 +16,21 @@ from torch import Tensor
 
 from steadynorm.grouping import Grouping
 from steadynorm.kernels import numba_small, reference
-from steadynorm.kernels.batch_plans import CPU, compiled, last_level_cache, plan
-from steadynorm.kernels.batch_plans import SERIAL_BELOW as SERIAL_BELOW
-from steadynorm.kernels.batch_plans import STORAGE as STORAGE
-from steadynorm.kernels.batch_plans import STREAMED_RUN as STREAMED_RUN
+from steadynorm.kernels.batch_plans import (
+    CPU,
+    SERIAL_BELOW,
+    STORAGE,
+    compiled,
+    is_readable,
+    last_level_cache,
+    plan,
+    readable,
+)
 from steadynorm.kernels.cpu import arguments as at
 from steadynorm.kernels.cpu import build
 from steadynorm.kernels.cpu.memory import empty_like
 from steadynorm.moments import Moments
 
-_last_level_cache = last_level_cache
 SMOOTH = frozenset({"hardswish", "silu", "gelu", "elu"})  # whose g is cheaper to keep than to compute again
 
 
@@ -78,17 +83,11 @@ class Call:
             pivots = first_row.repeat(made.fold)
             self.alive.append(pivots)
             values[at.PIVOT] = pivots.data_ptr()
-        if weight is not None:
-            self._parameter(at.WEIGHT, at.WEIGHT_BYTES, weight)
-        if bias is not None:
-            self._parameter(at.BIAS, at.BIAS_BYTES, bias)
-
-    def _parameter(self, place: int, size: int, value: Tensor) -> None:
-        if (value.dtype is not torch.float32 and value.dtype is not torch.float64) or not value.is_contiguous():
-            value = value.detach().double().contiguous()
-            self.alive.append(value)
-        self.integers[place] = value.data_ptr()
-        self.integers[size] = value.element_size()
+        for place, size, parameter in ((at.WEIGHT, at.WEIGHT_BYTES, weight), (at.BIAS, at.BIAS_BYTES, bias)):
+            value = readable(parameter)
+            if value is not None:
+                self.alive.append(value)
+                values[place], values[size] = value.data_ptr(), value.element_size()
 
     def point(self, place: int, tensor: Tensor | None) -> None:
         """Give the kernels the address of a tensor; None is address 0."""
@@ -97,7 +96,7 @@ class Call:
     def set_streaming(self, output: Tensor, tensors: int) -> None:
         """Let the output bypass the caches if the `tensors` that a pass touches are more than they hold."""
         size = output.element_size()
-        if output.numel() * size * tensors >= _last_level_cache():
+        if output.numel() * size * tensors >= last_level_cache():
             is_aligned = not self.is_rows or output.data_ptr() % (16 * size) == 0
             self.integers[at.STREAMS] = self.plan.is_streamable and is_aligned
 
@@ -119,7 +118,7 @@ def _statistics(group: int) -> tuple[Tensor, Tensor]:
 
 def _is_small(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     """Whether a fused call is for `numba_small`."""
-    return x.numel() < SERIAL_BELOW and numba_small.takes(weight) and numba_small.takes(bias)
+    return x.numel() < SERIAL_BELOW and is_readable(weight) and is_readable(bias)
 
 
 def _take_moments(call: Call, mean: Tensor, var: Tensor) -> None:

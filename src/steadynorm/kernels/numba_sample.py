@@ -12,10 +12,11 @@ from torch import Tensor
 
 from steadynorm.grouping import SampleGrouping
 from steadynorm.kernels import numba_cpu
+from steadynorm.kernels.batch_plans import CPU, readable
 from steadynorm.kernels.cpu import build
 from steadynorm.kernels.cpu import samples as at
 from steadynorm.kernels.cpu.memory import empty_like
-from steadynorm.kernels.numba_cpu import SMOOTH
+from steadynorm.kernels.numba_cpu import kept_gradient
 from steadynorm.kernels.sample_plans import LANES, Plan, affine, plan
 
 
@@ -24,16 +25,10 @@ def why_not(x: Tensor | None = None, grouping: SampleGrouping | None = None, *, 
     return numba_cpu.why_not(x)
 
 
-def _parameter(value: Tensor | None) -> Tensor | None:
-    if value is None or ((value.dtype is torch.float32 or value.dtype is torch.float64) and value.is_contiguous()):
-        return value
-    return value.detach().float().contiguous()
-
-
 def _share(planned: Plan, values: Any) -> tuple[Tensor, Tensor]:
     """Memory that all threads use; it must live as long as they run."""
-    flags = torch.zeros(planned.flags, dtype=torch.int64)
-    shared = torch.empty(planned.shared_bytes, dtype=torch.uint8)
+    flags = torch.zeros(planned.flags, dtype=torch.int64, device=CPU)
+    shared = torch.empty(planned.shared_bytes, dtype=torch.uint8, device=CPU)
     values[at.FLAGS], values[at.SHARED] = flags.data_ptr(), shared.data_ptr()
     return flags, shared
 
@@ -56,7 +51,7 @@ def sample_forward(
     weight_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference_sample.sample_forward`."""
-    weight, bias = _parameter(weight), _parameter(bias)
+    weight, bias = readable(weight), readable(bias)
     planned = plan(
         False,
         grouping,
@@ -73,7 +68,7 @@ def sample_forward(
     )
     values = at.Integers.from_buffer_copy(planned.template)
     empty = empty_like if planned.is_large else torch.empty_like
-    y, mean = empty(x), torch.empty(planned.statistics, dtype=torch.float64)
+    y, mean = empty(x), torch.empty(planned.statistics, dtype=torch.float64, device=CPU)
     var = torch.empty_like(mean)
     values[at.X], values[at.Y] = x.data_ptr(), y.data_ptr()
     values[at.MEAN], values[at.VAR] = mean.data_ptr(), var.data_ptr()
@@ -91,7 +86,7 @@ def sample_forward(
         mask = mask.contiguous()
         values[at.MASK] = mask.data_ptr()
     if planned.scratch_bytes:
-        scratch = torch.empty(planned.scratch_bytes, dtype=torch.uint8)
+        scratch = torch.empty(planned.scratch_bytes, dtype=torch.uint8, device=CPU)
         values[at.SCRATCH] = scratch.data_ptr()
     alive = _share(planned, values) if planned.flags else None
     if planned.streams:
@@ -121,7 +116,7 @@ def sample_backward(
     needs_affine: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See `reference_sample.sample_backward`."""
-    weight, bias = _parameter(weight), _parameter(bias)
+    weight, bias = readable(weight), readable(bias)
     planned = plan(
         True,
         grouping,
@@ -157,20 +152,20 @@ def sample_backward(
         values[at.SIDE] = residual.data_ptr()
     if dresidual is not None:
         values[at.G] = dresidual.data_ptr()
-    elif activation is not None and (activation in SMOOTH or residual is not None or y is not None):
+    elif kept_gradient(activation, residual, y):
         values[at.G] = dx.data_ptr()
     # What was just read is written over: streaming stores would only push it out of the cache first.
     if planned.streams and values[at.G] != values[at.DX]:
         values[at.STREAMS] = _streams(planned, dx)
-    dweight = torch.empty(grouping.groups * grouping.channels if needs_affine else 0, dtype=torch.float64)
+    dweight = torch.empty(grouping.groups * grouping.channels if needs_affine else 0, dtype=torch.float64, device=CPU)
     dbias = torch.empty_like(dweight)
     values[at.PRODUCTS], values[at.TOTALS] = dweight.data_ptr(), dbias.data_ptr()
     if planned.products:
-        sums = torch.empty(2 * planned.products, dtype=torch.float64)
+        sums = torch.empty(2 * planned.products, dtype=torch.float64, device=CPU)
         values[at.DWEIGHT], values[at.DBIAS] = values[at.PRODUCTS], values[at.TOTALS]
         values[at.PRODUCTS], values[at.TOTALS] = sums.data_ptr(), sums.data_ptr() + 8 * planned.products
     if planned.scratch_bytes:
-        scratch = torch.empty(planned.scratch_bytes, dtype=torch.uint8)
+        scratch = torch.empty(planned.scratch_bytes, dtype=torch.uint8, device=CPU)
         values[at.SCRATCH] = scratch.data_ptr()
     alive = _share(planned, values) if planned.flags else None
     address = ctypes.addressof(values)

@@ -101,14 +101,6 @@ def _prepared(
     return Prepared(direction, grouping, dtype, variant, (eps, is_given))
 
 
-def takes(parameter: Tensor | None) -> bool:
-    """Whether the kernels can read a weight or bias where it is."""
-    if parameter is None:
-        return True
-    dtype = parameter.dtype
-    return (dtype is torch.float32 or dtype is torch.float64) and parameter.is_contiguous()
-
-
 def forward(
     x: Tensor,
     grouping: Grouping,

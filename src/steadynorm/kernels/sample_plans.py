@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from steadynorm.grouping import SampleGrouping
+from steadynorm.kernels.batch_plans import SERIAL_BELOW, STORAGE, STREAMED_RUN, last_level_cache
 from steadynorm.kernels.cpu import build
 from steadynorm.kernels.cpu import samples as at
 from steadynorm.kernels.cpu.memory import LARGE
-from steadynorm.kernels.numba_cpu import SERIAL_BELOW, STORAGE, STREAMED_RUN
-from steadynorm.kernels.numba_cpu import _last_level_cache as last_level_cache
 
 LANES = 16
 FORWARD_BLOCK = 1 << 14  # values in one task of rows forward
