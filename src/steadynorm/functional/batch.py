@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from steadynorm import grouping as grouping_
 from steadynorm import kernels
 from steadynorm.errors import DegenerateStatisticsError, InputError
+from steadynorm.functional.shapes import about_single_value
 from steadynorm.grouping import Grouping, dense_like
 from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, ops, reference
 from steadynorm.moments import Moments
@@ -388,19 +389,9 @@ def batch_norm(
             x, running_mean, running_var, weight, bias, eps=eps, residual=residual, activation=activation, mask=mask
         )
     if x.numel() == x.shape[1] > 0:
-        raise DegenerateStatisticsError(_about_single_value(x))
+        advice = "normalise such a batch by running statistics with training=False"
+        raise DegenerateStatisticsError(about_single_value("batch_norm", x, advice))
     y, moments = normalize_batch(x, weight, bias, eps=eps, residual=residual, activation=activation, mask=mask)
     if running_mean is not None and running_var is not None:
         update_running_(running_mean, running_var, moments, momentum, guard=guard)
     return y
-
-
-def _about_single_value(x: Tensor) -> str:
-    what, where = "one sample", ""
-    if x.dim() > 2:
-        what, where = "one sample with one position", " behind a pooling to 1x1"
-    return (
-        f"batch_norm expected more than one value per channel in training, got shape {tuple(x.shape)}, whose variance"
-        f" is zero: this is {what}, often the last, ragged batch of an epoch{where}:"
-        " use drop_last=True in the DataLoader, or normalise such a batch by running statistics with training=False."
-    )

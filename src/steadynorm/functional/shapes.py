@@ -1,4 +1,4 @@
-"""What the normalizations within a sample say about a tensor they cannot take.
+"""What normalizations say about a tensor they cannot take.
 
 Every check is given `who`, which says how to call the caller, and is asked only when there is something to say.
 """
@@ -107,6 +107,19 @@ def check_same_shape(who: Who, name: str, tensor: Tensor | None, x: Tensor) -> N
         raise InputError(
             f"{who()} expected {name} in the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}: expand it first."
         )
+
+
+def about_single_value(name: str, x: Tensor, advice: str) -> str:
+    """Why one value per channel cannot be normalised in training, what usually brings it about, and what to do."""
+    what, where, more = "one sample", "", ""
+    if x.dim() > 2:
+        what, where = "one sample with one position", " behind a pooling to 1x1"
+        more = " and more than one sample per batch"
+    return (
+        f"{name} expected more than one value per channel in training, got shape {tuple(x.shape)}, whose variance is"
+        f" zero: this is {what}, often the last, ragged batch of an epoch{where}: use drop_last=True in the"
+        f" DataLoader{more}, or {advice}."
+    )
 
 
 def _check_float(who: Who, x: Tensor) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from steadynorm import functional
 from steadynorm.errors import DegenerateStatisticsError, InputError
+from steadynorm.functional.shapes import about_single_value
 from steadynorm.layers import checks, lockstep, portable
 from steadynorm.layers.finite import require_finite
 from steadynorm.layers.running import STATISTICS, Running, update_
@@ -180,7 +181,8 @@ class BatchNorm(WideBuffers, Switches):
         is_part = values < 2 and lockstep.current() is not None
         if by_batch and self.training and values == 1 and not is_part:
             if self.single_value == "error":
-                raise DegenerateStatisticsError(checks.about_single_value(self, x))
+                advice = "normalise such a batch by the running statistics with single_value='running'"
+                raise DegenerateStatisticsError(about_single_value(checks.name(self), x, advice))
             by_batch = False
         if not (by_batch or has_running):
             raise InputError(

@@ -109,17 +109,3 @@ def check_mask(module: nn.Module, mask: Tensor, x: Tensor) -> None:
             f"{name(module)} expected a mask {tuple(expected)} of torch.bool, True where a value is valid, got"
             f" {tuple(mask.shape)} of {mask.dtype}."
         )
-
-
-def about_single_value(module: nn.Module, x: Tensor) -> str:
-    """Why one value per channel cannot be normalised in training, and what usually brings it about."""
-    cause = "this is one sample, often the last, ragged batch of an epoch: use drop_last=True in the DataLoader"
-    if x.dim() > 2:
-        cause = (
-            "this is one sample with one position, often the last, ragged batch of an epoch behind a pooling to 1x1:"
-            " use drop_last=True in the DataLoader and more than one sample per batch"
-        )
-    return (
-        f"{name(module)} expected more than one value per channel in training, got shape {tuple(x.shape)}, whose"
-        f" variance is zero: {cause}, or normalise such a batch by the running statistics with single_value='running'."
-    )
