@@ -12,8 +12,6 @@ process for each.
 """
 
 import argparse
-import math
-import statistics
 import subprocess
 import sys
 import time
@@ -26,14 +24,12 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.interleaved import check, row_of, summary, take_turns
 from steadynorm import functional, keep_freed_memory, machine
 from steadynorm.lab.store import Store
 from steadynorm.report import Document, Paragraph, Table, terminal
 
 RESNET50 = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
-SECONDS_PER_RIVAL = 0.5
-MOST_ROUNDS = 40
-LEAST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -122,77 +118,17 @@ class Inputs:
         return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), self.dy.to(dtype))]
 
 
-def check(inputs: Inputs) -> tuple[float, float]:
-    """Largest error of ours and of torch against float64, over the largest value; a wrong kernel is not timed."""
-    exact = inputs.results(eager, torch.float64)
-    errors = []
-    for rival in (ours, eager):
-        found = inputs.results(rival, torch.float32)
-        errors.append(max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact, strict=True)))
-    if errors[0] > max(2 * errors[1], 1e-6):
-        raise AssertionError(f"wrong by {errors[0]:.1e} where torch is wrong by {errors[1]:.1e}: not timed")
-    return errors[0], errors[1]
-
-
 def measure(case: Case, with_compile: bool) -> dict[str, float]:
     """Median seconds of every rival, and the errors."""
     torch.manual_seed(0)
     inputs = Inputs(case)
-    error, torch_error = check(inputs)
+    found = [inputs.results(rival, torch.float32) for rival in (ours, eager)]
+    error, torch_error = check(*found, inputs.results(eager, torch.float64))
     rivals: dict[str, Rival] = {"ours": ours, "eager": eager}
     if with_compile:
         torch._dynamo.reset()
         rivals["compile"] = torch.compile(eager, dynamic=False)
-    seconds: dict[str, list[float]] = {"copy": []}
-    for name, rival in rivals.items():
-        inputs.step(rival)
-        seconds[f"{name}_forward"], seconds[f"{name}_backward"] = [], []
-    once = sum(sum(inputs.step(rival)) for rival in rivals.values()) / len(rivals)
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(SECONDS_PER_RIVAL / once)))
-    for _ in range(rounds):
-        seconds["copy"].append(inputs.copy())
-        for name, rival in rivals.items():
-            forward, backward = inputs.step(rival)
-            seconds[f"{name}_forward"].append(forward)
-            seconds[f"{name}_backward"].append(backward)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {**medians, "error": error, "torch_error": torch_error, "rounds": rounds}
-
-
-def row_of(case: Case, found: dict[str, float]) -> list[str | float]:
-    """One line of the table: times over the floor, and how much faster than the others."""
-
-    def over(name: str) -> str:
-        forward, backward = found[f"{name}_forward"], found[f"{name}_backward"]
-        floor = found["copy"] / 2 * case.forward_passes, found["copy"] / 2 * case.backward_passes
-        return f"{forward / floor[0]:.1f} {backward / floor[1]:.1f} {(forward + backward) / sum(floor):.1f}"
-
-    def times(name: str) -> str:
-        if f"{name}_forward" not in found:
-            return ""
-        forward, backward = (found[f"{name}_{way}"] / found[f"ours_{way}"] for way in ("forward", "backward"))
-        return f"{forward:.1f} {backward:.1f} {ratio(found, name):.2f}"
-
-    what = "x".join(map(str, case.shape)) + (" +add" if case.residual else "")
-    megabytes = math.prod(case.shape) * 4 / 1e6
-    return [what, case.layout, f"{megabytes:.1f}", over("ours"), times("eager"), times("compile")]
-
-
-def ratio(found: dict[str, float], name: str) -> float:
-    """How much faster than a rival, forward and backward together."""
-    return (found[f"{name}_forward"] + found[f"{name}_backward"]) / (found["ours_forward"] + found["ours_backward"])
-
-
-def geometric_mean(values: list[float]) -> float:
-    """exp(mean(log(v)))."""
-    return math.exp(statistics.fmean(math.log(v) for v in values))
-
-
-def summary(results: list[tuple[Case, dict[str, float]]], name: str) -> Iterator[str]:
-    """Geometric means over a rival by family and layout, and the worst case."""
-    for family, layout in dict.fromkeys((case.family, case.layout) for case, _ in results):
-        ratios = [ratio(found, name) for case, found in results if (case.family, case.layout) == (family, layout)]
-        yield f"{family} {layout} over {name}: geometric mean {geometric_mean(ratios):.2f}, least {min(ratios):.2f}"
+    return take_turns(rivals, inputs.step, inputs.copy) | {"error": error, "torch_error": torch_error}
 
 
 def run(options: argparse.Namespace) -> None:

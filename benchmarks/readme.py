@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.batch_norm import Case, geometric_mean, ratio
+from benchmarks.batch_norm import Case
+from benchmarks.interleaved import geometric_mean, ratio
 from steadynorm.lab.store import Store
 
 README = Path("README.md")

@@ -9,7 +9,6 @@ sum is returned too and takes a gradient) forward the addend and the sum, backwa
 """
 
 import argparse
-import statistics
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.batch_norm import LEAST_ROUNDS, MOST_ROUNDS, SECONDS_PER_RIVAL, row_of, summary
+from benchmarks.interleaved import check, row_of, summary, take_turns
 from steadynorm import functional, keep_freed_memory, machine
 from steadynorm.functional.layer import normalize_positions
 from steadynorm.lab.store import Store
@@ -154,41 +153,17 @@ class Inputs:
         return [*(t.detach() for t in found), *gradients]
 
 
-def check(case: Case, inputs: Inputs) -> tuple[float, float]:
-    """Largest error of ours and of torch against float64, over the largest value; a wrong kernel is not timed."""
-    exact = inputs.results(eager(case), torch.float64)
-    errors = []
-    for rival in (ours(case), eager(case)):
-        found = inputs.results(rival, torch.float32)
-        errors.append(max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(found, exact, strict=True)))
-    if errors[0] > max(2 * errors[1], 1e-6):
-        raise AssertionError(f"wrong by {errors[0]:.1e} where torch is wrong by {errors[1]:.1e}: not timed")
-    return errors[0], errors[1]
-
-
 def measure(case: Case, with_compile: bool) -> dict[str, float]:
     """Median seconds of every rival, and the errors."""
     torch.manual_seed(0)
     inputs = Inputs(case)
-    error, torch_error = check(case, inputs)
-    rivals = {"ours": ours(case), "eager": eager(case)}
+    found = [inputs.results(rival, torch.float32) for rival in (ours(case), eager(case))]
+    error, torch_error = check(*found, inputs.results(eager(case), torch.float64))
+    rivals: dict[str, Rival] = {"ours": ours(case), "eager": eager(case)}
     if with_compile:
         torch._dynamo.reset()
         rivals["compile"] = torch.compile(eager(case), dynamic=False)
-    seconds: dict[str, list[float]] = {"copy": []}
-    for name, rival in rivals.items():
-        inputs.step(rival)
-        seconds[f"{name}_forward"], seconds[f"{name}_backward"] = [], []
-    once = sum(sum(inputs.step(rival)) for rival in rivals.values()) / len(rivals)
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(SECONDS_PER_RIVAL / once)))
-    for _ in range(rounds):
-        seconds["copy"].append(inputs.copy())
-        for name, rival in rivals.items():
-            forward, backward = inputs.step(rival)
-            seconds[f"{name}_forward"].append(forward)
-            seconds[f"{name}_backward"].append(backward)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {**medians, "error": error, "torch_error": torch_error, "rounds": rounds}
+    return take_turns(rivals, inputs.step, inputs.copy) | {"error": error, "torch_error": torch_error}
 
 
 def run(options: argparse.Namespace) -> None:
