@@ -520,6 +520,17 @@ def test_progress_is_told():
     assert seen[-1] == (2, None)
 
 
+def test_a_bar_that_fails_is_a_failure_like_any_other():
+    def progress(done, total):
+        raise BrokenPipeError
+
+    model = network()
+    before = bits(model)
+    with pytest.raises(BrokenPipeError):
+        recalibrate_(model, batches_of(), progress=progress)
+    assert bits(model) == before
+
+
 def test_the_report_can_be_read():
     model = network()
     model[1].running_mean.fill_(7.0)
@@ -537,12 +548,17 @@ def test_the_report_can_be_read():
     assert f"1  mean moved {moved.mean_shift:.3g} deviations, deviation times {moved.deviation_ratio:.3g}" in second
 
 
-def test_wrapped_models():
-    x = images(20)
-    for wrap in (nn.DataParallel, lambda model: torch.compile(model, backend="eager")):
-        model = network()
-        recalibrate_(wrap(model), [x])
-        assert_statistics(model[1], model[0](x))
+def compiled_inside(model):
+    return nn.Sequential(torch.compile(model, backend="eager"))
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager"), compiled_inside]
+)
+def test_wrapped_models(wrap):
+    model, x = network(), images(20)
+    recalibrate_(wrap(model), [x])
+    assert_statistics(model[1], model[0](x))
 
 
 # Wrong on purpose: what the tests above would have to see.

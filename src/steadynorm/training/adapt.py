@@ -17,6 +17,7 @@ from steadynorm import models, moments
 from steadynorm.errors import InputError
 from steadynorm.moments import Moments
 from steadynorm.selection import Selection
+from steadynorm.training.evaluation import call, unwrapped
 from steadynorm.training.layer_inputs import Pool
 from steadynorm.training.passes import (
     Batches,
@@ -24,10 +25,7 @@ from steadynorm.training.passes import (
     Method,
     Progress,
     Run,
-    call,
     check_options,
-    evaluation,
-    unwrapped,
 )
 from steadynorm.training.statistics import StatisticsReport, choose, exchange_
 
@@ -73,7 +71,7 @@ def adapt_(
 
     def merged(path: str, target: Moments, samples: int) -> Moments:
         mean, var = source[path]
-        share = torch.as_tensor(target.count, dtype=torch.float64, device=mean.device) / max(samples, 1)
+        share = torch.as_tensor(target.count, dtype=torch.float64, device=target.mean.device) / max(samples, 1)
         known = Moments.from_unbiased(mean.to(target.mean.device), var.to(target.mean.device), prior * share)
         return moments.merge([known, target])
 
@@ -85,18 +83,13 @@ def adapt_(
         return merged(path, pool.all_values, run.samples_seen)
 
     run = Run(model, chosen, batches, forward or call, group, progress, correct=correct)
-    with evaluation(model, batches):
-        pools = run.one_pass() if method == "one_pass" else run.layer_by_layer(finish)
+    pools = run.take(method, finish)
     return exchange_(
         chosen,
         {path: finish(path, pool) for path, pool in pools.items()},
         {},
         action=f"Adapted (prior of {prior:g} samples, {method.replace('_', ' ')})",
-        left_out=left_out | {path: "was never called" for path in chosen if path not in pools},
-        samples=run.samples_seen,
-        batches=run.batches_seen,
-        passes=run.passes,
-        stopped=run.stopped,
+        **run.about(left_out, pools),
     )
 
 

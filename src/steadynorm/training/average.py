@@ -12,7 +12,8 @@ from steadynorm import models, moments
 from steadynorm.errors import InputError
 from steadynorm.layers.switches import DEFAULTS, Switches
 from steadynorm.moments import Moments
-from steadynorm.training.passes import Batches, unwrapped
+from steadynorm.training.evaluation import unwrapped
+from steadynorm.training.passes import Batches
 from steadynorm.training.recalibrate import recalibrate_
 from steadynorm.training.statistics import StatisticsReport
 

@@ -10,7 +10,7 @@ from steadynorm import models, moments
 from steadynorm.errors import InputError
 from steadynorm.moments import Moments
 from steadynorm.selection import Selection
-from steadynorm.training.passes import unwrapped
+from steadynorm.training.evaluation import unwrapped
 from steadynorm.training.processes import gathered
 from steadynorm.training.statistics import StatisticsReport, choose, exchange_
 

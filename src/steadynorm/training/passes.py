@@ -1,7 +1,6 @@
 """Passes of data through a model to see what reaches its batch norms, in step with other processes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from steadynorm import models
 from steadynorm.errors import DistributedError, InputError, NonFiniteStatisticsError
 from steadynorm.moments import Moments
-from steadynorm.samples import map_tensors, tensors_in
+from steadynorm.samples import tensors_in
+from steadynorm.training.evaluation import evaluation, on_device
 from steadynorm.training.layer_inputs import FEWEST_BATCHES, LayerInputs, Pool, merge_pools
 from steadynorm.training.processes import gathered
 from steadynorm.training.statistics import put_
@@ -45,57 +45,6 @@ def check_options(method: str, samples: int | None, tolerance: float | None, bat
             "method='layer_by_layer' goes through the data once for every layer, and an iterator can be gone through"
             " once: give a list, a DataLoader, or a function that returns the iterator."
         )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of DDP, DataParallel or a compiled model, whose wrappers talk to other processes."""
-    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while isinstance(model, parallel) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        model = model.module if isinstance(model, parallel) else model._orig_mod  # type: ignore[assignment]
-    return model
-
-
-@contextmanager
-def evaluation(model: nn.Module, batches: Batches) -> Iterator[None]:
-    """Every module in evaluation mode, and no running statistic moving; afterwards all is as it was, random states too.
-
-    Modes are set one by one: an overridden train() may do anything.
-    """
-    generators = [g for g in [getattr(batches, "generator", None)] if isinstance(g, torch.Generator)]
-    is_sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
-    # The parameters of FSDP come and go while it runs, and are its own to put back.
-    kept = _modes_and_buffers(model) if is_sharded else nullcontext()
-    with models.undisturbed(nn.Identity() if is_sharded else model, *generators), kept, torch.no_grad():
-        for module in model.modules():
-            module.training = False
-            if getattr(module, "update_running", None) is not None:
-                module.update_running = False  # type: ignore[assignment]
-        yield
-
-
-@contextmanager
-def _modes_and_buffers(model: nn.Module) -> Iterator[None]:
-    """The modes and buffers of a model afterwards as before."""
-    modules = {m: (m.training, getattr(m, "update_running", None)) for m in model.modules()}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    try:
-        yield
-    finally:
-        for module, (mode, updates) in modules.items():
-            module.training = mode
-            if updates is not None:
-                module.update_running = updates
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """`model` on a batch: a tensor, a tuple that begins with the input, or a dictionary of arguments."""
-    given = batch[0] if isinstance(batch, tuple | list) else batch
-    if isinstance(given, Mapping):
-        return model(**given)
-    return model(*given) if isinstance(given, tuple | list) else model(given)
 
 
 @dataclass
@@ -133,17 +82,36 @@ class Run:
         self.samples_seen, self.batches_seen, self.passes, self.stopped = 0, 0, 0, ""
         self.steps, self.expected_passes, self.batch = 0, 1, 0
 
-    def one_pass(self) -> dict[str, Pool]:
-        """All layers at once, each behind layers that normalise by the batch."""
-        return self._pass(self.layers, None)
+    def take(self, method: Method, finish: Callable[[str, Pool], Moments] | None = None) -> dict[str, Pool]:
+        """What reaches the layers, by path; the model is afterwards as it was.
 
-    def layer_by_layer(self, finish: Callable[[str, Pool], Moments] | None = None) -> dict[str, Pool]:
+        Args:
+            finish: for "layer_by_layer", from what reached a layer to its new statistics; as they are by default.
+
+        Raises:
+            InputError: no layer was reached.
+        """
+        with evaluation(self.model, self.batches):
+            pools = self._pass(self.layers, None) if method == "one_pass" else self._layer_by_layer(finish)
+        if not pools:
+            raise InputError("no batch norm was called with a batch (N, C, *): nothing was changed.")
+        return pools
+
+    def about(self, left_out: dict[str, str], pools: dict[str, Pool]) -> dict[str, Any]:
+        """What a report says of the passes."""
+        never = {path: "was never called" for path in self.layers if path not in pools}
+        return {
+            "left_out": left_out | never,
+            "samples": self.samples_seen,
+            "batches": self.batches_seen,
+            "passes": self.passes,
+            "stopped": self.stopped,
+        }
+
+    def _layer_by_layer(self, finish: Callable[[str, Pool], Moments] | None) -> dict[str, Pool]:
         """One layer a pass, in the order in which they run, each behind layers with their new statistics.
 
         A layer that is called again behind itself normalises by its batch there.
-
-        Args:
-            finish: from what reached a layer to its new statistics; pooled as they are by default.
         """
         self.expected_passes = len(self.layers)
         found: dict[str, Pool] = {}
@@ -192,7 +160,7 @@ class Run:
         device = next((t.device for t in (*self.model.parameters(), *self.model.buffers())), None)
         for number, batch in enumerate(self.batches() if callable(self.batches) else self.batches):
             self.batch = number
-            batch = batch if device is None else _on(device, batch)
+            batch = batch if device is None else on_device(device, batch)
             first = next(tensors_in(batch), None)
             inputs.begin(first.shape[0] if first is not None and first.dim() else None)
             self.forward(self.model, batch)
@@ -204,17 +172,18 @@ class Run:
         if state.has_ended:
             return None
         try:
-            state.samples += next(steps)
-        except StopIteration:
-            state.has_ended = True
-        except Exception as error:
-            state.failure = f"{type(error).__name__}: {error}"
-            return error
-        else:
+            samples = next(steps, None)
+            if samples is None:
+                state.has_ended = True
+                return None
+            state.samples += samples
             state.batches += 1
             self.steps += 1
             if self.progress is not None:
                 self.progress(self.steps, self._expected_steps())
+        except Exception as error:
+            state.failure = f"{type(error).__name__}: {error}"
+            return error
         return None
 
     def _expected_steps(self) -> int | None:
@@ -266,13 +235,6 @@ class Run:
         pools = list(_merged(states).items())
         pools = pools if judged is None else pools[judged : judged + 1]
         return bool(pools) and all(standard_error(self.layers[path], pool) <= self.tolerance for path, pool in pools)
-
-
-def _on(device: torch.device, batch: Any) -> Any:
-    """A batch on `device`: its tensors, or all of it where it is an object that can go there."""
-    if not isinstance(batch, Mapping | list | tuple) and callable(getattr(batch, "to", None)):
-        return batch.to(device)
-    return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
 def _of_this_batch(path: str, batch: Moments, samples: int) -> tuple[Tensor, Tensor] | None:

@@ -8,19 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from steadynorm.errors import InputError
 from steadynorm.selection import Selection
+from steadynorm.training.evaluation import call, unwrapped
 from steadynorm.training.passes import (
     Batches,
     Forward,
     Method,
     Progress,
     Run,
-    call,
     check_options,
-    evaluation,
     standard_error,
-    unwrapped,
 )
 from steadynorm.training.statistics import StatisticsReport, choose, exchange_
 
@@ -72,19 +69,11 @@ def recalibrate_(
     model = unwrapped(model)
     chosen, left_out = choose(model, layers)
     run = Run(model, chosen, batches, forward or call, group, progress, samples, tolerance)
-    with evaluation(model, batches):
-        pools = run.one_pass() if method == "one_pass" else run.layer_by_layer()
-    left_out |= {path: "was never called" for path in chosen if path not in pools}
-    if not pools:
-        raise InputError("no batch norm was called with a batch (N, C, *): nothing was changed.")
+    pools = run.take(method)
     return exchange_(
         chosen,
         {path: pool.all_values for path, pool in pools.items()},
         {path: standard_error(chosen[path], pool) for path, pool in pools.items()},
         action=f"Recalibrated ({method.replace('_', ' ')})",
-        left_out=left_out,
-        samples=run.samples_seen,
-        batches=run.batches_seen,
-        passes=run.passes,
-        stopped=run.stopped,
+        **run.about(left_out, pools),
     )
