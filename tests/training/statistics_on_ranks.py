@@ -60,6 +60,7 @@ def assert_first_layer(model, x):
 
 @on_ranks(2, 3)
 def uneven_ranks_end_identical(rank, world):
+    """https://github.com/facebookresearch/fvcore/issues/152: ranks that end with statistics of their own."""
     for method in ("one_pass", "layer_by_layer"):
         model = network()
         report = recalibrate_(model, own_batches(rank, world), method=method)

@@ -73,7 +73,7 @@ def test_without_the_variance_between_it_would_be_caught():
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1)])
 def test_one_value_is_enough(shape):
-    """Training mode divides by a variance of zero there: pix2pix and UFold users met it at batch size 1."""
+    """https://github.com/phillipi/pix2pix/issues/176: in training mode one value has no variance."""
     layer = steadynorm.BatchNorm1d(3)
     x = torch.randn(shape) + 2
     with pytest.raises(DegenerateStatisticsError):
@@ -114,7 +114,7 @@ def test_layers_run_behind_adapted_ones():
 
 
 def test_it_goes_back_bit_for_bit():
-    """tent issue 7: adapting on and on, a model collapses; here every stretch of data starts from the source."""
+    """https://github.com/DequanWang/tent/issues/7: adapted on and on, a model collapses. Here each call starts anew."""
     model, (here, there) = network(), source_and_target()
     recalibrate_(model, [here])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -179,7 +179,7 @@ def accuracy(model, images, labels, batch_size, prior):
 
 @pytest.mark.parametrize(("batch_size", "count"), [(1, 60), (16, 360), (200, 360)])
 def test_it_helps_where_data_has_shifted_and_costs_nothing_where_not(digits, batch_size, count):
-    """tent issues 4 and 7: adaptation that ruins what worked. Here: never much worse than the source."""
+    """https://github.com/DequanWang/tent/issues/4: adaptation that ruins what worked. Here it never costs much."""
     model, images, labels = digits
     images, labels = images[:count], labels[:count]
     gains = {}

@@ -110,7 +110,7 @@ def test_torchs_average_of_variances_would_be_caught():
         theirs.update_parameters(model)
     with pytest.raises(AssertionError):
         assert_moments(theirs, models, None)
-    # pytorch-lightning 8811, timm 102: the counter is averaged too.
+    # The counter is averaged too: https://github.com/Lightning-AI/pytorch-lightning/issues/8811
     assert theirs.module.norm.num_batches_tracked.item() != models[-1].norm.num_batches_tracked.item()
 
 
@@ -165,7 +165,10 @@ def test_the_plan_is_explicit():
 
 
 def test_recalibrated_averages_hold_the_statistics_of_their_own_weights():
-    """timm 102, ema-pytorch 29: an SWA with the statistics of anything else is worth nothing."""
+    """https://github.com/huggingface/pytorch-image-models/issues/102, https://github.com/lucidrains/ema-pytorch/issues/29
+
+    An SWA with the statistics of anything else is worth little.
+    """
     models, x = trajectory(), torch.randn(200, 4)
     average = averaged(models, statistics="recalibrate")
     average.eval()

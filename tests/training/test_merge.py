@@ -96,7 +96,10 @@ def test_a_client_of_no_values_does_not_weigh():
 
 
 def test_averaged_variances_would_be_caught():
-    """What federated averaging does, and NVFlare, FedScale and PFLlib with it: the variance between clients is gone."""
+    """https://github.com/SymbioticLab/FedScale/issues/57, https://github.com/TsingZ0/PFLlib/issues/260
+
+    What federated averaging does: the variance between clients is gone.
+    """
     parts = data([10, 10], 0)
     states = [client(part) for part in parts]
     averaged = {key: torch.stack([state[key].double() for state in states]).mean(0) for key in states[0]}

@@ -79,7 +79,7 @@ def test_any_batching_gives_the_statistics_of_the_concatenated_data(at, is_order
 
 
 def test_ordered_batches_that_update_bn_gets_wrong():
-    """https://github.com/facebookresearch/fvcore/issues/152 and user reports of update_bn: 2.87 for a true 26.0."""
+    """https://github.com/keras-team/keras/issues/3949, statistics of the whole data: update_bn has 2.87 for 26.0."""
     x = torch.cat([-5 + torch.randn(64, 2), 5 + torch.randn(64, 2)])
     batches = list(x.split(8))
     theirs, ours = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
@@ -221,7 +221,7 @@ def frozen_network():
 
 
 def test_what_is_frozen_is_never_touched():
-    """User reports of update_bn: a layer frozen at 9.0 was at 0.13 afterwards."""
+    """https://github.com/Lightning-AI/pytorch-lightning/issues/8811: update_bn took a layer frozen at 9.0 to 0.13."""
     model, x = frozen_network(), images(16)
     before = bits(model)
     report = recalibrate_(model, [x])

@@ -161,8 +161,7 @@ class Run:
         for number, batch in enumerate(self.batches() if callable(self.batches) else self.batches):
             self.batch = number
             batch = batch if device is None else on_device(device, batch)
-            first = next(tensors_in(batch), None)
-            inputs.begin(first.shape[0] if first is not None and first.dim() else None)
+            inputs.begin(next((tensor.shape[0] for tensor in tensors_in(batch) if tensor.dim()), None))
             self.forward(self.model, batch)
             inputs.end()
             yield inputs.samples or 0
