@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import steadynorm
 from steadynorm import models
 from steadynorm.errors import InputError, NonFiniteStatisticsError
+from steadynorm.recipes import digits
 from steadynorm.training import recalibrate_
 from steadynorm.training.layer_inputs import LayerInputs
 
@@ -163,6 +164,22 @@ def test_layer_by_layer_is_what_evaluation_sees(sizes):
         assert_statistics(model[place], model[:place](x), rtol=2e-5)
     assert report.passes == 3
     assert list(report.layers) == ["1", "5", "8"]
+
+
+def test_layer_by_layer_with_branches():
+    """A network with shortcuts: what reaches each layer in evaluation, seen by hooks of the test."""
+    model = digits.model().train()
+    x = digits.data()["train"][0][:200]
+    report = recalibrate_(model, x.split(33), method="layer_by_layer")
+    assert report.passes == len(report.layers) == 7
+    reached = {}
+    for layer in models.norms(model).values():
+        layer.register_forward_pre_hook(lambda layer, args: reached.update({layer: args[0]}))
+    with torch.no_grad():
+        model.eval()(x)
+    assert len(reached) == 7
+    for layer, values in reached.items():
+        assert_statistics(layer, values, rtol=1e-5)
 
 
 def test_the_two_methods_differ_only_behind_the_first_layer():
