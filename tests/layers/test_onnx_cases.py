@@ -5,13 +5,19 @@ from __future__ import annotations
 import importlib
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from steadynorm import functional as S
 
-onnx = pytest.importorskip("onnx")
-MODULES = ("batchnorm", "groupnormalization", "instancenorm", "layernormalization", "rmsnormalization")
+MODULES = (
+    "batch_normalization",
+    "groupnormalization",
+    "instance_normalization",
+    "layernormalization",
+    "rmsnormalization",
+)
 
 
 def collected():
