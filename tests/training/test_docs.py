@@ -11,7 +11,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize(
-    "name", ["adapt", "average", "convert", "freeze", "merge", "param_groups", "recalibrate", "transaction"]
+    "name",
+    ["adapt", "average", "convert", "freeze", "merge", "microbatch", "param_groups", "recalibrate", "transaction"],
 )
 def test_the_examples_run(name, capsys):
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")

@@ -311,3 +311,38 @@ def test_the_package_shows_it():
     assert steadynorm.training.microbatch is microbatch
     with pytest.raises(InputError):
         microbatch(nn.Linear(2, 2), 1)
+
+
+@pytest.mark.parametrize("memory", KINDS)
+def test_training_goes_the_same_way(memory):
+    """Ten steps, and the parameters are still those of training on whole batches."""
+    model, oracle = made("resnet18", our_norm), made("resnet18", torch_norm)
+    oracle.load_state_dict(model.state_dict())
+    exact = microbatch(model, 2, memory=memory)
+    for step in range(10):
+        torch.manual_seed(step)
+        x, labels = batch_of("resnet18", 6), torch.randint(1000, (6,))
+        for network, forward in ((model, exact), (oracle, oracle)):
+            network.zero_grad()
+            nn.functional.cross_entropy(forward(x), labels).backward()
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter -= 0.01 * parameter.grad
+    assert worst(model.state_dict(), {n: oracle.state_dict()[n] for n in model.state_dict()}) < 1e-8
+
+
+@pytest.mark.parametrize("memory", KINDS)
+@pytest.mark.parametrize(
+    "context",
+    [steadynorm.recompute_outputs, torch.autograd.graph.save_on_cpu],
+    ids=["recompute_outputs", "save_on_cpu"],
+)
+def test_inside_hooks_of_others(context, memory):
+    model, oracle = made("unet", our_norm), made("unet", torch_norm)
+    exact = microbatch(model, 2, memory=memory)
+
+    def inside(x):
+        with context():
+            return exact(x)
+
+    assert compared(model, oracle, inside, batch_of("unet", 4)) < 1e-12

@@ -1,4 +1,4 @@
-"""Micro-batches and ranks together are one batch: two and three real processes over gloo."""
+"""Micro-batches and ranks together are one batch: two real processes over gloo."""
 
 from __future__ import annotations
 
