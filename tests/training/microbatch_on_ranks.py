@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from steadynorm.errors import InputError
@@ -94,7 +95,7 @@ def under_ddp(rank, world):
 def ranks_with_other_numbers_of_micro_batches(rank, world):
     """They meet at every layer, however many are behind each."""
     model, whole = models()
-    check_equal(model, microbatch(model, [5, 1][rank] if rank else [1, 1, 1, 2]), whole, rank, world)
+    check_equal(model, microbatch(model, [[1, 1, 1, 2], 2][rank]), whole, rank, world)
 
 
 @on_ranks(2)
@@ -103,3 +104,31 @@ def one_value_per_rank(rank, world):
     x = torch.randn(4, 3, 1, 1, dtype=DOUBLE)
     close(microbatch(norm, 1)(x[2 * rank : 2 * rank + 2]), whole(x)[2 * rank : 2 * rank + 2])
     close(norm.running_var, whole.running_var)
+
+
+@on_ranks(2)
+def under_fully_shard(rank, world):
+    """Sharded blocks, gathered until all micro-batches have left them."""
+    for memory in KINDS:
+        model, whole = models()
+        fully_shard(model.conv2, reshard_after_forward=False)
+        exact = microbatch(fully_shard(model, reshard_after_forward=False), 2, memory=memory)
+        x, dy = torch.randn(8, 3, 7, 7, dtype=DOUBLE), torch.randn(8, 5, dtype=DOUBLE)
+        own = slice(4 * rank, 4 * rank + 4)
+        y, expected = exact(x[own]), whole(x)
+        close(y, expected[own])
+        y.backward(dy[own])
+        expected.backward(dy)
+        for parameter, one in zip(model.parameters(), whole.parameters(), strict=True):
+            gradient = parameter.grad.full_tensor() * world
+            torch.testing.assert_close(gradient, one.grad, rtol=1e-10, atol=1e-11)
+
+
+@on_ranks(2)
+def blocks_that_are_sharded_behind_the_first_micro_batch(rank, world):
+    """torch says so, before anything is computed with a shard."""
+    block = nn.Sequential(nn.Conv2d(3, 3, 1), SyncBatchNorm(3), nn.Conv2d(3, 3, 1)).to(DOUBLE)
+    model = nn.Sequential(fully_shard(block, reshard_after_forward=True), nn.Conv2d(3, 3, 1).to(DOUBLE))
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        microbatch(fully_shard(model), 1)(torch.randn(2, 3, 4, 4, dtype=DOUBLE))
+    assert block[1].num_batches_tracked == 0
