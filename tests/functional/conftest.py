@@ -14,9 +14,9 @@ class Backend(NamedTuple):
 
     name: str
 
-    def needs(self, x: Tensor, *, masked: bool = False) -> None:
+    def needs(self, x: Tensor) -> None:
         """Skip, with the reason, where the forced backend does not take such a tensor."""
-        if self.name == "numba" and (reason := numba_cpu.why_not(x, masked=masked)):
+        if self.name == "numba" and (reason := numba_cpu.why_not(x)):
             pytest.skip(reason)
 
 

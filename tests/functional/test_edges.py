@@ -31,7 +31,8 @@ def test_an_empty_batch_gives_an_empty_output_and_changes_nothing(backend, shape
 def test_a_mask_that_leaves_nothing(backend):
     running_mean, running_var = torch.full((4,), 2.0), torch.full((4,), 3.0)
     x, mask = torch.full((3, 4, 5), math.nan, requires_grad=True), torch.zeros(3, 5, dtype=torch.bool)
-    backend.needs(x, masked=True)
+    if backend.name == "numba":
+        pytest.skip("it takes no empty tensors")
     y = batch_norm(x, running_mean, running_var, torch.ones(4), training=True, mask=mask, residual=x.detach())
     assert y.eq(0).all()
     (dx,) = torch.autograd.grad(y, x, torch.randn(3, 4, 5))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from steadynorm import kernels
 from steadynorm.functional import normalize_batch
 from tests import agree, cases, oracles
 
@@ -57,7 +59,7 @@ def test_the_output_is_standard(shape, seed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_masked_equals_concatenated(backend, activation, dtype):
     """Output, statistics and all gradients are those of the valid values put one after another."""
-    backend.needs(torch.ones(3, 5, 7, dtype=dtype), masked=True)
+    backend.needs(torch.ones(3, 5, 7, dtype=dtype))
     lengths = [7, 1, 4]
     sequences = [torch.randn(5, n, dtype=dtype) for n in lengths]
     padded, padded_residual = torch.full((3, 5, 7), math.nan, dtype=dtype), torch.full((3, 5, 7), math.nan, dtype=dtype)
@@ -88,7 +90,7 @@ def test_masked_equals_concatenated(backend, activation, dtype):
 @pytest.mark.parametrize("name", ["plain", "channels last", "rows", "bfloat16", "add, relu", "lengths"])
 def test_moments_are_those_of_the_batch_in_float64_and_detached(backend, name):
     case = cases.BY_NAME[name]
-    backend.needs(case.inputs().x, masked=case.mask is not None)
+    backend.needs(case.inputs().x)
     inputs = case.inputs()
     _, moments = normalize_batch(inputs.x.requires_grad_(), inputs.weight, inputs.bias, mask=inputs.mask)
     mean, var, count = oracles.moments(agree.array(inputs.x), agree.array(inputs.mask))
@@ -97,3 +99,25 @@ def test_moments_are_those_of_the_batch_in_float64_and_detached(backend, name):
         assert not found.requires_grad
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6, atol=1e-6)
     assert int(moments.count) == count
+
+
+@pytest.mark.parametrize("layout", ["plain", "channels last"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.97])
+def test_masks_of_many_runs(layout, share):
+    """Few runs are copied one by one, many gathered value by value; NaN in the padding is harmless."""
+    x, residual, dy = (torch.randn(3, 6, 4, 50) for _ in range(3))
+    mask = torch.rand(3, 4, 50) < share
+    if layout == "channels last":
+        x, residual, dy = (t.to(memory_format=torch.channels_last) for t in (x, residual, dy))
+    poisoned = torch.where(mask.unsqueeze(1), x, math.nan)
+    weight = torch.rand(6) + 0.5
+    found = []
+    for values, name in ((x, "reference"), (poisoned, "automatic")):
+        leaves = values.clone().requires_grad_(), residual.clone().requires_grad_(), weight.clone().requires_grad_()
+        with kernels.backend(name) if name == "reference" else contextlib.nullcontext():
+            y, moments = normalize_batch(leaves[0], leaves[2], residual=leaves[1], activation="silu", mask=mask)
+        found.append([y, moments.mean, moments.var, moments.count, *torch.autograd.grad(y, leaves, dy)])
+        assert y.stride() == x.stride()
+        assert found[-1][4].stride() == x.stride()
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

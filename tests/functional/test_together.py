@@ -51,13 +51,13 @@ IN_PARTS = [case for case in cases.ALL if case.training and case.layout == "plai
 def test_agrees_with_the_oracle(backend, case, count):
     if backend.name == "numba" and (count == 4 or len(case.inputs().x) < 2):
         pytest.skip("it takes no empty tensors")
-    backend.needs(case.inputs().x, masked=case.mask is not None)
+    backend.needs(case.inputs().x)
     assert_agrees(in_parts(count), oracles.batch_norm, case)
 
 
 @pytest.mark.parametrize("case", [case for case in cases.ALL if case.training], ids=str)
 def test_one_part_agrees_with_the_oracle(backend, case):
-    backend.needs(case.inputs().x, masked=case.mask is not None)
+    backend.needs(case.inputs().x)
     assert_agrees(in_parts(1), oracles.batch_norm, case)
 
 

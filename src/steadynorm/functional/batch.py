@@ -16,9 +16,10 @@ from torch.autograd import forward_ad
 from steadynorm import grouping as grouping_
 from steadynorm import kernels
 from steadynorm.errors import DegenerateStatisticsError, InputError
+from steadynorm.functional.packing import Packing, pack, unpack
 from steadynorm.functional.shapes import about_single_value
 from steadynorm.grouping import Grouping, dense_like
-from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, ops, reference
+from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, numba_cpu, ops, reference
 from steadynorm.moments import Moments
 
 OPS = torch.ops.steadynorm
@@ -197,6 +198,11 @@ def _normalize(
         kept = statistics if is_constant else None
         y, *found = reference.compose(x, weight, bias, residual, mask, eps, activation, kept)
         return y, found[0].detach(), found[1].detach()
+    if mask is not None and is_packed(x, mask):
+        packing = Packing(x, mask)
+        part, beside = pack(x, packing), None if residual is None else pack(residual, packing)
+        y, mean, var = _normalize(part, weight, bias, statistics, eps, beside, activation, None, is_constant)
+        return unpack(y, packing), mean, var
     x, grouping = grouping_.batch(x)
     if residual is not None:
         residual = dense_like(residual, x)
@@ -206,12 +212,12 @@ def _normalize(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
-    mean: Tensor | None = None
-    var: Tensor | None = None
+    given_mean: Tensor | None = None
+    given_var: Tensor | None = None
     if statistics is not None:
         # Copies: what the backward pass reads must not move with the running statistics.
-        mean, var = (t.detach().to(reference.statistics_dtype(x), copy=is_recorded) for t in statistics)
-    tensors = (x, weight, bias, residual, mask, mean, var)
+        given_mean, given_var = (t.detach().to(reference.statistics_dtype(x), copy=is_recorded) for t in statistics)
+    tensors = (x, weight, bias, residual, mask, given_mean, given_var)
     if ops.is_traced(x):
         y, *found = _Normalize.apply(*tensors, _Settings(grouping, eps, activation, is_constant, None))
         return y, found[0].detach(), found[1].detach()
@@ -221,6 +227,14 @@ def _normalize(
         return _forward(*tensors, settings)
     y = _apply(*tensors, settings)
     return y, found[0], found[1]
+
+
+def is_packed(x: Tensor, mask: Tensor) -> bool:
+    """Whether a masked call is made without its padding: where the kernels take everything but the mask.
+
+    The one value that a mask may leave is its own mean, and its gradient zero: to the bit on the reference.
+    """
+    return not ops.is_traced(x) and kernels.choose(x) is numba_cpu and int(mask.sum()) > 1
 
 
 def check_extras(x: Tensor, residual: Tensor | None, activation: str | None, mask: Tensor | None) -> None:
@@ -259,12 +273,15 @@ def moments(x: Tensor, mask: Tensor | None = None) -> Moments:
     if mask is not None:
         check_mask(x, mask)
     x = x.detach()
+    count = count_of(x, mask)
     if runs_composed(x, None):
         _, mean, var = reference.compose(x, None, None, None, mask, 1.0, None)
     else:
+        if mask is not None and is_packed(x, mask):
+            x, mask = Packing(x, mask).pack(x), None
         x, grouping = grouping_.batch(x)
         mean, var = (OPS if ops.is_traced(x) else ops).moments(x, *grouping, flat_mask(mask, grouping))
-    return Moments(mean, var, count_of(x, mask))
+    return Moments(mean, var, count)
 
 
 def normalize_batch(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from steadynorm import grouping as grouping_
 from steadynorm.errors import InputError
-from steadynorm.functional.batch import check_extras, count_of, flat_mask, runs_composed, through_activation
+from steadynorm.functional.batch import check_extras, count_of, flat_mask, is_packed, runs_composed, through_activation
+from steadynorm.functional.packing import Packing, pack, unpack
 from steadynorm.grouping import Grouping, dense_like
 from steadynorm.kernels import FROM_OUTPUT, ops, reference
 from steadynorm.moments import Moments, merge
@@ -211,12 +212,16 @@ def normalize_together(
         return _composed(parts, weight, bias, eps, activation, reduction)
     tensors: list[Tensor | None] = []
     groupings = []
-    for x, residual, mask in parts:
+    packings = [Packing(x, mask) if mask is not None and is_packed(x, mask) else None for x, _, mask in parts]
+    for (x, residual, mask), packing in zip(parts, packings, strict=True):
+        if packing is not None:
+            x, residual, mask = pack(x, packing), None if residual is None else pack(residual, packing), None
         x, grouping = grouping_.batch(x)
         groupings.append(grouping)
         tensors += [x, None if residual is None else dense_like(residual, x), mask]
     settings = _Settings(eps, activation, reduction, tuple(groupings))
     mean, var, count, *ys = _Together.apply(weight, bias, settings, *tensors)
+    ys = [y if packing is None else unpack(y, packing) for y, packing in zip(ys, packings, strict=True)]
     if reduction is None and all(part.mask is None for part in parts):
         count = sum(grouping.values_per_group for grouping in groupings)
     return ys, Moments(mean, var, count)
