@@ -158,7 +158,7 @@ def test_forward_mode(training, activation, masked):
 
 @torch_script_is_deprecated
 def test_forward_mode_to_the_second_order():
-    """Where F.batch_norm is wrong without a word."""
+    """Where F.batch_norm is wrong without a word: https://github.com/pytorch/pytorch/issues/196699."""
     function, tensors = function_of(True, None, False)
     assert gradgradcheck(function, tensors, check_fwd_over_rev=True, check_rev_over_rev=True)
     x, *affine = (t.detach() for t in tensors)

@@ -185,6 +185,7 @@ def trained(rank, world, momentum=None):
 
 @on_ranks(2, 3)
 def merged_ranks_have_the_statistics_of_all_values(rank, world):
+    """DDP keeps those of one rank: https://github.com/pytorch/pytorch/issues/13711, .../30718."""
     wrapped, count = trained(rank, world)
     model = wrapped.module
     report = merge_ranks_(wrapped, count=count)
