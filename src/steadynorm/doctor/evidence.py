@@ -1,6 +1,17 @@
 """What was measured, by name and in words."""
 
+from steadynorm.doctor.finding import Severity
 from steadynorm.probe.facts import Effect
+
+# Change of the output, in what chance alone does. Over 48 conditions of two networks, 2.5 found 34 of the 35 in which
+# recalibration gained 2 points of accuracy or more, with 1 alarm in the other 13; 5 had none.
+WARNING_RATIO = 2.5
+ERROR_RATIO = 5.0
+# Beyond chance is not yet worth a warning: so much has to change, or to be gained.
+WARNING_CHANGED, ERROR_CHANGED = 0.01, 0.05
+WARNING_GAIN, ERROR_GAIN = 0.05, 0.25
+# Where nothing is known of the task: change of the output in its own deviation.
+WARNING_DISTANCE, ERROR_DISTANCE = 0.05, 0.25
 
 
 def as_evidence(effect: Effect, before: str = "as stored", after: str = "recalibrated") -> dict[str, float | int | str]:
@@ -28,3 +39,27 @@ def in_words(effect: Effect) -> str:
     if not parts:
         parts.append(f"the output changes by {effect.distance:.2g} of its deviation")
     return "with recalibrated ones " + ", ".join(parts)
+
+
+def gain_of(effect: Effect) -> float | None:
+    """Share of the loss that recalibration takes away; None where no loss is known."""
+    if effect.loss is None:
+        return None
+    before, after = effect.loss
+    return (before - after) / max(abs(before), 1e-12) if before == before else 1.0
+
+
+def severity_of(effect: Effect) -> Severity:
+    """From what exchanging the statistics does to the task, beyond what chance does."""
+    ratio = effect.distance / max(effect.null or 0.0, 1e-12)
+    gain, changed = gain_of(effect), effect.changed or 0.0
+    if ratio < WARNING_RATIO or (gain is not None and gain < 0):
+        return "note"
+    if gain is None and effect.changed is None:
+        changed, gain = 0.0, 0.0
+        if ratio >= ERROR_RATIO and effect.distance >= ERROR_DISTANCE:
+            return "error"
+        return "warning" if effect.distance >= WARNING_DISTANCE else "note"
+    if ratio >= ERROR_RATIO and (changed >= ERROR_CHANGED or (gain or 0.0) >= ERROR_GAIN):
+        return "error"
+    return "warning" if changed >= WARNING_CHANGED or (gain or 0.0) >= WARNING_GAIN else "note"

@@ -8,12 +8,14 @@ from torch import nn
 
 from steadynorm import models, recipe
 from steadynorm.errors import SteadynormError
-from steadynorm.probe import drift, state
+from steadynorm.probe import drift, spectral, state
 from steadynorm.probe.samples import relative_difference, tensors_in
-from steadynorm.probe.trace import run
+from steadynorm.probe.trace import ForwardRaised, run
 
 # What folding may change: the rounding of a few additions, relative to the largest value of the output.
 FOLD_TOLERANCE = 1e-4
+# Enough from anywhere: the error falls by the ratio of the first two singular values each time.
+POWER_ITERATIONS = 100
 
 
 class UnhelpfulError(SteadynormError):
@@ -60,3 +62,29 @@ def fold_biases_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: 
     change = max(map(relative_difference, tensors_in(before), tensors_in(after)), default=0.0)
     if not change <= FOLD_TOLERANCE:
         raise UnhelpfulError(f"folding changed the output by {change:.1%}")
+
+
+def widen_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: Iterable[Any]) -> None:
+    """Keep the layers of `targets` in float32, and give them the statistics of the data.
+
+    Raises:
+        UnhelpfulError: the model does not run with float32 norms in it.
+    """
+    data = list(batches)
+    for (path,) in targets:
+        model.get_submodule(path).float()
+    try:
+        with models.undisturbed(model):
+            model.eval()
+            run(model, data[0], recipe.call)
+        recalibrate_(model, targets, data)
+    except ForwardRaised as raised:
+        raise UnhelpfulError(f"the model does not run with the layer in float32 ({raised.__cause__})") from raised
+
+
+def iterate_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: Iterable[Any]) -> None:
+    """Take the vectors of the spectral normalizations of `targets` anew from their weights."""
+    paths = {path for (path,) in targets}
+    for found in list(spectral.stored(model)):
+        if found.path in paths:
+            spectral.iterate_(found.matrix, found.u, found.v, POWER_ITERATIONS)

@@ -77,9 +77,11 @@ def _attempt(model: nn.Module, group: list[Finding], judgement: Judgement, batch
         fix.apply(model, [f.fix.target for f in group if f.fix is not None], data)
     except UnhelpfulError as error:
         return str(error)
-    again = examine(model, batches, train_batches=judgement.train_batches, loss=judgement.loss, select=(group[0].code,))
-    remaining = {(f.code, f.where) for f in again.findings if f.severity != "note" or f.fix == fix}
-    if still := [f.where for f in group if (f.code, f.where) in remaining]:
+    # Statistics that are wrong in another way have another code: that is no repair.
+    codes = sorted({"SN2" if f.code.startswith("SN2") else f.code for f in group})
+    again = examine(model, batches, train_batches=judgement.train_batches, loss=judgement.loss, select=codes)
+    remaining = {f.where for f in again.findings if f.severity != "note" or f.fix == fix}
+    if still := [f.where for f in group if f.where in remaining]:
         return f"the finding is still there ({', '.join(still)})"
     after = _loss(model, judgement, batches)
     if before == before and not after <= before + LOSS_TOLERANCE * abs(before):

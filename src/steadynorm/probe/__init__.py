@@ -10,7 +10,7 @@ from torch import nn
 from steadynorm import models
 from steadynorm.blame import in_a_line
 from steadynorm.errors import InputError
-from steadynorm.probe import bias, drift, isolation, state
+from steadynorm.probe import bias, drift, isolation, spectral, state
 from steadynorm.probe.batches import Source, gather
 from steadynorm.probe.effects import Loss, Metrics, Task
 from steadynorm.probe.facts import PARTS, Drift, Facts, Failure, Part
@@ -185,10 +185,14 @@ class _Observer:
 
     def _state(self) -> None:
         self.found["norms"] = state.look(self.model)
+        self.found["frozen_layers"] = state.frozen_layers(self.model)
+        self.found["spectral"] = spectral.vectors(self.model)
         self.put_back = models.remember(self.model)
 
     def _forward(self) -> None:
+        before = state.statistics(self.model)
         self.found["calls"], output = trace(self.model, self.here[0], self.forward)
+        self.found["moved"] = state.moved(before, state.statistics(self.model))
         self.task.judge(output, self.here[0])  # a loss that does not fit is found at once
         count = sample_count(inputs_of(self.here[0], self.forward)) or 1
         self.found["values"] = bias.values(self.found["calls"], self.found["norms"], count)

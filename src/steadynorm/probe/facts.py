@@ -22,8 +22,16 @@ class Norm:
         batches_tracked: how many batches its statistics have seen, where it counts them.
         nonfinite, negative: channels whose running mean or variance is NaN or infinite; whose variance is below zero.
         has_initial_statistics: whether every mean is 0 and every variance 1.
-        has_initial_affine: whether its weight is all ones or all zeros and its bias all zeros, as when it was made.
+        has_initial_affine: whether it looks as when it was made: its bias, if it has one, is all zeros (some
+            initialisations draw weights at random, none draws biases), else its weight all ones or all zeros.
         takes_single_values: whether one value per statistic in training is met by the running statistics, by option.
+        is_toggled: whether `track_running_stats` was set to False on a batch norm that has statistics: training uses
+            the batch and leaves them alone, evaluation uses them.
+        updates_always: whether its running statistics move in evaluation by a switch that says so.
+        trains_affine: whether its weight or bias takes a gradient; None if it has neither.
+        group_size: channels (group, instance) or all values (layer, rms) of a sample that share a statistic.
+        below_eps: channels whose running variance is less than eps, but more than that of a dead one.
+        dead: channels whose weight is next to nothing beside the others', or whose input does not vary.
     """
 
     path: str
@@ -43,6 +51,27 @@ class Norm:
     has_initial_statistics: bool = False
     has_initial_affine: bool = True
     takes_single_values: bool = False
+    is_toggled: bool = False
+    updates_always: bool = False
+    trains_affine: bool | None = None
+    group_size: int | None = None
+    below_eps: int = 0
+    dead: int = 0
+
+    @property
+    def state_fault(self) -> Literal["", "broken", "default", "toggled", "half"]:
+        """What is wrong with the stored statistics as they stand, without a look at the data; the worst of it."""
+        if self.nonfinite or self.negative:
+            return "broken"
+        if self.is_toggled:
+            return "toggled"
+        # With momentum 0 they could not become anything else.
+        if self.has_initial_statistics and self.learns and self.momentum != 0:
+            return "default"
+        return "half" if self.learns and self.statistics_dtype in HALF else ""
+
+
+HALF = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -52,6 +81,8 @@ class Call:
     Args:
         producer: the module whose output is this call's first input, the same untouched tensor; empty if there is none.
         input_shape, output_shape: of the first tensor in and out.
+        input_dtype: of the first tensor in.
+        offset: of what a norm is given in half precision: |mean| / deviation of the worst channel.
     """
 
     path: str
@@ -59,6 +90,8 @@ class Call:
     producer: str = ""
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
+    input_dtype: str = ""
+    offset: float | None = None
 
 
 @dataclass(frozen=True)
@@ -187,6 +220,23 @@ class Leak:
 
 
 @dataclass(frozen=True)
+class SpectralVectors:
+    """The two stored vectors of a spectral normalization, in place of the singular vectors of the weight.
+
+    Args:
+        path: of the layer whose weight is divided.
+        u_norm, v_norm: their lengths.
+        norm_after: largest singular value of the weight that evaluation computes with; 1 is what is promised.
+    """
+
+    path: str
+    u_norm: float
+    v_norm: float
+    norm_after: float
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class Failure:
     """A pass that raised: in which part, in which module, and what."""
 
@@ -202,6 +252,8 @@ class Facts:
 
     Args:
         skipped: parts that could not be looked at, with the reason.
+        frozen_layers: modules that have parameters, none of which takes a gradient; empty if that is the whole model.
+        moved: modules whose running statistics changed in a forward in evaluation mode.
         drift_together: effect of recalibrating all layers that drifted, at once.
         training_gap: between training and evaluation mode on the same batches, with recalibrated statistics: what the
             noise of batch statistics does at this batch size.
@@ -217,11 +269,24 @@ class Facts:
     drift_together: Effect | None = None
     training_gap: Effect | None = None
     leaks: tuple[Leak, ...] = ()
+    frozen_layers: frozenset[str] = frozenset()
+    moved: tuple[str, ...] = ()
+    spectral: tuple[SpectralVectors, ...] = ()
     failures: tuple[Failure, ...] = ()
     skipped: Mapping[Part, str] = field(default_factory=dict)
 
     @property
     def is_fresh(self) -> bool:
-        """Whether the model looks as when it was made: no norm with statistics has ever been trained."""
+        """Whether the model looks as when it was made: no norm with statistics has ever been trained.
+
+        A forward or two in training mode, to see the shapes, is no training.
+        """
         tracked = [norm for norm in self.norms.values() if norm.has_statistics and norm.kind != "frozen"]
-        return all(norm.has_initial_statistics and norm.has_initial_affine for norm in tracked)
+        return all(
+            norm.has_initial_affine and (norm.has_initial_statistics or 0 < (norm.batches_tracked or 0) <= DRY_RUNS)
+            for norm in tracked
+        )
+
+
+# A look at the shapes is one forward, at a siamese network two, at a training and a test batch four.
+DRY_RUNS = 4

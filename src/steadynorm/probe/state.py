@@ -1,10 +1,17 @@
 """What can be seen of a model without running it: its norm layers, their modes and what they have stored."""
 
+import math
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steadynorm import models
 from steadynorm.probe.facts import Norm
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# A channel is dead if its weight is so much less than the largest one, or if its input varies by less than this.
+DEAD_WEIGHT = 1e-4
+DEAD_VARIANCE = 1e-8
 
 
 def look(model: nn.Module) -> dict[str, Norm]:
@@ -16,6 +23,35 @@ def look(model: nn.Module) -> dict[str, Norm]:
     in_training = {path for path, layer in layers.items() if models.uses_batch_statistics(layer)} - by_hand
     model.eval()
     return {path: _norm(path, layer, in_training) for path, layer in layers.items()}
+
+
+def frozen_layers(model: nn.Module) -> frozenset[str]:
+    """Paths of the modules that have parameters, none of which takes a gradient; none where no parameter does."""
+    frozen = set()
+    for path, module in model.named_modules():
+        gradients = [parameter.requires_grad for parameter in module.parameters()]
+        if gradients and not any(gradients):
+            frozen.add(path)
+    return frozenset() if "" in frozen else frozenset(frozen)
+
+
+def statistics(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
+    """Copies of the running statistics of every module that has some, norm or not, by path."""
+    found = {}
+    for path, module in model.named_modules():
+        buffers = dict(module.named_buffers(recurse=False))
+        if kept := tuple(buffers[name].clone() for name in STATISTICS if name in buffers):
+            found[path] = kept
+    return found
+
+
+def moved(before: dict[str, tuple[Tensor, ...]], after: dict[str, tuple[Tensor, ...]]) -> tuple[str, ...]:
+    """Paths whose statistics are not the same; NaN is the same as NaN."""
+
+    def is_same(a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+    return tuple(path for path, old in before.items() if not all(map(is_same, old, after.get(path, old))))
 
 
 def _norm(path: str, layer: nn.Module, in_training: set[str]) -> Norm:
@@ -40,12 +76,20 @@ def _norm(path: str, layer: nn.Module, in_training: set[str]) -> Norm:
         batches_tracked=int(tracked) if isinstance(tracked, torch.Tensor) else None,
         has_initial_affine=_has_initial_affine(layer),
         takes_single_values=getattr(layer, "single_value", "error") == "running",
+        is_toggled=is_batch and has_statistics and path in in_training and not _tracks(layer),
+        updates_always=getattr(layer, "update_running", None) is True,
+        trains_affine=_trains_affine(layer),
+        group_size=_group_size(layer, kind),
     )
     return _with_statistics(norm, layer) if has_statistics else norm
 
 
 def _with_statistics(norm: Norm, layer: nn.Module) -> Norm:
     mean, var = models.running_statistics(layer)
+    weight = getattr(layer, "weight", None)
+    is_dead = var.abs() < DEAD_VARIANCE
+    if isinstance(weight, Tensor) and weight.shape == var.shape:
+        is_dead = is_dead | (weight.abs() < DEAD_WEIGHT * weight.abs().max())
     broken = ~(torch.isfinite(mean) & torch.isfinite(var))
     stored = {
         "channels": norm.channels or mean.numel(),
@@ -53,11 +97,34 @@ def _with_statistics(norm: Norm, layer: nn.Module) -> Norm:
         "nonfinite": int(broken.sum()),
         "negative": int((var < 0).sum()),
         "has_initial_statistics": bool((mean == 0).all() and (var == 1).all()),
+        "below_eps": int(((var >= DEAD_VARIANCE) & (var < (norm.eps or 0.0))).sum()),
+        "dead": int(is_dead.sum()),
     }
     return Norm(**{**vars(norm), **stored})
 
 
 def _has_initial_affine(layer: nn.Module) -> bool:
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    starts = weight is None or bool((weight == 1).all()) or bool((weight == 0).all())
-    return starts and (bias is None or not bool(bias.any()))
+    if bias is not None:
+        return not bool(bias.any())
+    return weight is None or bool((weight == 1).all()) or bool((weight == 0).all())
+
+
+def _tracks(layer: nn.Module) -> bool:
+    return getattr(layer, "track_running_stats", True) is not False
+
+
+def _trains_affine(layer: nn.Module) -> bool | None:
+    """Whether weight or bias take a gradient. Ours may hold them back whatever requires_grad says."""
+    gradients = [parameter.requires_grad for parameter in layer.parameters(recurse=False)]
+    return any(gradients) and getattr(layer, "train_affine", True) is not False if gradients else None
+
+
+def _group_size(layer: nn.Module, kind: str) -> int | None:
+    groups, channels = getattr(layer, "num_groups", None), getattr(layer, "num_channels", None)
+    shape = getattr(layer, "normalized_shape", None)
+    if kind == "group" and isinstance(groups, int) and isinstance(channels, int):
+        return channels // groups
+    if kind in ("layer", "rms") and isinstance(shape, tuple | list):
+        return math.prod(shape)
+    return 1 if kind == "instance" else None

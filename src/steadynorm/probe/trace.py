@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from steadynorm.errors import SteadynormError
 from steadynorm.probe.facts import Call
+from steadynorm.probe.offsets import offset
 from steadynorm.probe.samples import tensors_in
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -106,11 +107,13 @@ class _Tracer(Watcher):
         super().__init__()
         self.calls: list[Call] = []
         self._producers: list[str] = []
+        self._offsets: list[float | None] = []
         self._made: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
 
     def enter(self, path: str, module: nn.Module, inputs: Any) -> None:
         given = next(tensors_in(inputs), None)
         self._producers.append("" if given is None else self._producer(given))
+        self._offsets.append(None if given is None else offset(module, given))
         super().enter(path, module, inputs)
 
     def leave(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -124,9 +127,11 @@ class _Tracer(Watcher):
                 producer=self._producers[depth],
                 input_shape=() if given is None else tuple(given.shape),
                 output_shape=() if made is None else tuple(made.shape),
+                input_dtype="" if given is None else str(given.dtype).removeprefix("torch."),
+                offset=self._offsets[depth],
             )
         )
-        del self._producers[depth:]
+        del self._producers[depth:], self._offsets[depth:]
         for tensor in tensors_in(output):
             # What a container or an identity hands on is still what the layer inside or before it made.
             maker = self._producer(tensor)
