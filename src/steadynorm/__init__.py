@@ -4,6 +4,7 @@ import importlib
 import typing
 
 if typing.TYPE_CHECKING:
+    from steadynorm import deploy as deploy
     from steadynorm import doctor as doctor
     from steadynorm import errors as errors
     from steadynorm import functional as functional
@@ -94,6 +95,7 @@ __all__ = [
     "__version__",
     "backend",
     "convert_",
+    "deploy",
     "doctor",
     "errors",
     "examine",

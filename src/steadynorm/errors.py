@@ -5,6 +5,7 @@
     │   ├── DegenerateStatisticsError   one value per statistic in training
     │   └── RecipeError                 a recipe that lacks a piece, or whose piece is wrong
     ├── NonFiniteStatisticsError        a batch whose statistics are not finite, under guard="raise"
+    ├── DifferenceError (ArithmeticError) a changed model does not compute what it did, within the tolerance
     ├── DistributedError (RuntimeError) ranks that cannot be joined: one is gone, or came with something else
     └── BackendError (RuntimeError)     a backend that was asked for by name and cannot run here
 
@@ -33,6 +34,10 @@ class RecipeError(InputError):
 
 class NonFiniteStatisticsError(SteadynormError, ArithmeticError):
     """A batch whose statistics are not finite reached a layer with ``guard="raise"``."""
+
+
+class DifferenceError(SteadynormError, ArithmeticError):
+    """A changed model does not compute what the model did, within the tolerance: the message has the numbers."""
 
 
 class DistributedError(SteadynormError, RuntimeError):

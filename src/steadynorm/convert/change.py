@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from torch import nn
 
@@ -33,19 +34,27 @@ class Change:
         model: the model.
         log: what was changed, layer by layer, in the order of definition.
         left: what was not, by path, and why: what one could have expected to change.
+        done: what the report calls it.
+        difference: how far the outputs are from what they were, where that was measured.
+        apart: paths of modules whose own output is another by intent, though that of the model is not.
     """
 
     model: nn.Module
     log: tuple[Converted, ...]
     left: dict[str, str]
+    done: str = "converted"
+    difference: Any = None
+    apart: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        lines = [f"{_counted(len(self.log))} converted"]
+        lines = [f"{_counted(len(self.log))} {self.done}"]
         kinds = sorted(self.log, key=lambda one: (one.before, one.after, one.note))
         for (before, after, note), group in groupby(kinds, key=lambda one: (one.before, one.after, one.note)):
             paths = [" = ".join(one.paths) or "the model" for one in group]
             lines.append(f"  {len(paths)} {before} -> {after}: {_listed(paths)}" + (f" ({note})" if note else ""))
         lines += [f"  left {path}: {reason}" for path, reason in self.left.items()]
+        if self.difference is not None:
+            lines += [f"  {line}" for line in repr(self.difference).splitlines()]
         return "\n".join(lines)
 
 

@@ -1,0 +1,292 @@
+"""Where the tensors of a model come from and where they go, recorded while it runs.
+
+A tensor is known by its storage, so that its views, in-place changes and aliases are uses of the same thing. Two modes
+of torch watch: one sees every function that Python calls on a tensor, the other every operator that runs, from
+whatever language. What neither is told is a read that goes through neither, by a pointer that was kept from before.
+"""
+
+import gc
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from steadynorm import models
+from steadynorm.recipe import seeded
+from steadynorm.samples import tensors_in
+
+Forward = Callable[[nn.Module, Any], Any]
+Key = int
+"""The address of a storage; it is not given out again as long as somebody holds a weak reference."""
+
+SEED = 0
+# What Python asks of a tensor without reading its values; everything else is a use of it.
+METADATA = {
+    *("size", "dim", "ndimension", "stride", "storage_offset", "numel", "nelement", "element_size", "get_device"),
+    *("is_floating_point", "is_complex", "is_contiguous", "is_inference", "is_same_size", "__len__", "__hash__"),
+}
+PROPERTIES = {
+    *(
+        "shape",
+        "dtype",
+        "device",
+        "ndim",
+        "layout",
+        "requires_grad",
+        "grad_fn",
+        "is_leaf",
+        "names",
+        "itemsize",
+        "nbytes",
+    ),
+    *("is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_nested"),
+    *(
+        "is_sparse_csr",
+        "is_xla",
+        "is_ipu",
+        "is_maia",
+        "is_mtia",
+        "is_vulkan",
+        "output_nr",
+        "_version",
+        "_backward_hooks",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a tensor lies in its storage."""
+
+    key: Key
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass
+class Call:
+    """One call of a unit: of a layer whose inside is known.
+
+    Args:
+        path: of the unit.
+        number: how many uses and calls were seen before it.
+        given: its input, where that was its only tensor; what else it was given makes it not `is_plain`.
+        made: its output.
+    """
+
+    path: str
+    number: int
+    given: Geometry | None
+    is_plain: bool
+    made: Geometry | None = None
+    is_fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Use:
+    """One read or change of a storage: by a call of a unit, or by code that is not inside of one."""
+
+    number: int
+    what: str
+    call: Call | None = None
+    is_write: bool = True
+
+
+@dataclass
+class Record:
+    """What was seen in all batches.
+
+    Args:
+        calls: of each unit, by path.
+        uses: of each storage.
+        kept: storages made by units that were alive when the model had returned.
+        returned: those of them that the model gave back.
+        blind: why the recording may have missed something, if it may.
+    """
+
+    calls: dict[str, list[Call]] = field(default_factory=dict)
+    uses: dict[Key, list[Use]] = field(default_factory=dict)
+    kept: set[Key] = field(default_factory=set)
+    returned: set[Key] = field(default_factory=set)
+    blind: str = ""
+
+    def makers(self) -> dict[Key, Call]:
+        """The call that made each storage."""
+        made = (call for calls in self.calls.values() for call in calls)
+        return {call.made.key: call for call in made if call.made is not None and call.is_fresh}
+
+
+def record(model: nn.Module, units: dict[str, nn.Module], batches: Iterable[Any], forward: Forward) -> Record:
+    """Run the batches and see which call made which tensor, and who else used it.
+
+    Args:
+        model: is run, and put back as it was.
+        units: the layers by path of whose inside nothing need be known; no unit is inside of another.
+        batches, forward: the model is run as ``forward(model, batch)``, without gradients.
+    """
+    recorder = _Recorder(model, units)
+    with models.undisturbed(model), recorder.watching():
+        for batch in batches:
+            with seeded(SEED), torch.no_grad():
+                recorder.run(lambda batch=batch: forward(model, batch))  # type: ignore[misc]
+    return recorder.record
+
+
+class _Recorder:
+    def __init__(self, model: nn.Module, units: dict[str, nn.Module]) -> None:
+        self.record, self.units, self.model = Record({path: [] for path in units}), units, model
+        self.paths = list[str]()
+        self.within: Call | None = None
+        self.number = 0
+        self.begun, self.ended = Counter[str](), Counter[str]()
+        self.thread = threading.get_ident()
+        # Keeps addresses from being used again, not the memory.
+        self.seen: dict[Key, StorageWeakRef] = {}
+
+    def run(self, forward: Callable[[], Any]) -> None:
+        """One batch, and what is left of its tensors when the model has returned."""
+        with _Functions(self), _Operators(self):
+            output = forward()
+        self._end()
+        returned = {key for tensor in tensors_in(output) if (key := self.key(tensor)) is not None}
+        made = set(self.record.makers())
+        if any(not self.seen[key].expired() for key in made - returned - self.record.kept):
+            gc.collect()  # a cycle is not a reference that somebody uses
+        self.record.kept |= {key for key in made if not self.seen[key].expired()}
+        self.record.returned |= returned
+
+    def _end(self) -> None:
+        if self.begun != self.ended:
+            self.record.blind = "a layer raised inside of the model, which caught it and went on"
+        self.within = None
+        self.paths.clear()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks at every module: functional code is named after the module in which it runs."""
+        handles = []
+        try:
+            for path, module in self.model.named_modules():
+                handles.append(module.register_forward_pre_hook(self._before(path), with_kwargs=True))
+                handles.append(module.register_forward_hook(self._after(path), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _before(self, path: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.paths.append(path)
+            if threading.get_ident() != self.thread:
+                self.record.blind = "the model runs its layers in threads of its own"
+            if path in self.units:
+                self.begun[path] += 1
+                self.within = self._begin(path, args, kwargs)
+
+        return enter
+
+    def _after(self, path: str) -> Callable[..., None]:
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            while self.paths and self.paths.pop() != path:
+                pass
+            if path in self.units:
+                self.ended[path] += 1
+                call, self.within = self.within, None
+                if call is not None and call.path == path and type(output) is Tensor:
+                    call.made = self.geometry(output)
+                    call.is_fresh = call.made is not None and call.made.key not in self.record.uses
+
+        return leave
+
+    def _begin(self, path: str, args: Any, kwargs: Any) -> Call:
+        given = list(tensors_in((args, kwargs)))
+        is_plain = len(given) == 1 and type(given[0]) is Tensor
+        call = Call(path, self.number, self.geometry(given[0]) if is_plain else None, is_plain)
+        self.record.calls[path].append(call)
+        for place, tensor in enumerate(given):
+            self.use(tensor, f"a call of {path}", call if place == 0 else None, is_write=False)
+        return call
+
+    def use(self, tensor: Tensor, what: str, call: Call | None = None, *, is_write: bool = True) -> None:
+        """Note a use of the storage of a tensor."""
+        key = self.key(tensor)
+        if key is None:
+            return
+        self.number += 1
+        self.record.uses.setdefault(key, []).append(Use(self.number, what, call, is_write))
+
+    def geometry(self, tensor: Tensor) -> Geometry | None:
+        """How a tensor lies in its storage; None of one that has none."""
+        key = self.key(tensor)
+        with torch._C.DisableTorchFunction():
+            if key is None:
+                return None
+            return Geometry(key, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+
+    def key(self, tensor: Tensor) -> Key | None:
+        """What a tensor is known by; None where it is of a kind without a storage, which no unit makes."""
+        with torch._C.DisableTorchFunction():
+            try:
+                storage = tensor.untyped_storage()
+            except (NotImplementedError, RuntimeError):
+                return None
+            key: Key = storage._cdata
+            if key not in self.seen:
+                self.seen[key] = StorageWeakRef(storage)
+        return key
+
+    def where(self, name: str) -> str:
+        """An operation, and the module in which it runs."""
+        path = self.paths[-1] if self.paths else ""
+        return f"{name} in {path}" if path else name
+
+
+class _Functions(TorchFunctionMode):
+    """Sees what Python calls on tensors, also what runs no operator: numpy(), data_ptr(), an assignment to .data."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.recorder.within is None and not _is_metadata(func):
+            for tensor in tensors_in((args, kwargs)):
+                self.recorder.use(tensor, self.recorder.where(getattr(func, "__name__", str(func))))
+        return func(*args, **kwargs)
+
+
+class _Operators(TorchDispatchMode):
+    """Sees every operator that runs, also below Python."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.recorder.within is None:
+            for tensor in tensors_in((args, kwargs)):
+                self.recorder.use(tensor, self.recorder.where(str(func).removesuffix(".default")))
+        output = func(*args, **kwargs)
+        if self.recorder.within is None:
+            # A storage that code outside of units made is none of theirs.
+            for tensor in tensors_in(output):
+                self.recorder.use(tensor, self.recorder.where(str(func).removesuffix(".default")))
+        return output
+
+
+def _is_metadata(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") in PROPERTIES
+    return name in METADATA
