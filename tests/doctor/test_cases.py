@@ -3,25 +3,27 @@
 import pytest
 
 from tests.doctor.cases import FAULTS, HEALTHY, Case, diagnosis, found
+from tests.doctor.controls import CONTROLS
+from tests.doctor.planted import PLANTED
 
 
-@pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", FAULTS + PLANTED, ids=lambda case: case.name)
 def test_a_fault_is_found_where_it_is_and_nowhere_else(case: Case):
     assert found(case) == case.expected
 
 
-@pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", HEALTHY + CONTROLS, ids=lambda case: case.name)
 def test_a_healthy_model_has_no_finding_above_a_note(case: Case):
     assert found(case) == set(), diagnosis(case).findings
 
 
-@pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", HEALTHY + CONTROLS, ids=lambda case: case.name)
 def test_a_healthy_model_is_checked_by_every_rule(case: Case):
     assert diagnosis(case).unchecked == {}
 
 
 def test_names_of_cases_are_distinct():
-    names = [case.name for case in FAULTS + HEALTHY]
+    names = [case.name for case in FAULTS + PLANTED + HEALTHY + CONTROLS]
     assert len(set(names)) == len(names)
 
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+import steadynorm
 from steadynorm import doctor
 from steadynorm.doctor import fixes
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.recipes import digits
-from tests.doctor import cases, networks
+from tests.doctor import cases, networks, planted
 
 
 def batches():
@@ -112,3 +113,68 @@ def test_advice_without_a_safe_fix_is_left_alone():
     before = copy.deepcopy(model.state_dict())
     assert doctor.repair(model, examined(model), batches) == ()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def planted_case(name):
+    case = next(case for case in planted.PLANTED if case.name == name)
+    return case, case.make()
+
+
+def repaired(case, model):
+    judgement = {"train_batches": case.train_batches, "loss": case.loss}
+    sentences = doctor.repair(model, doctor.examine(model, case.batches, **judgement), case.batches)
+    return sentences, doctor.examine(model, case.batches, **judgement)
+
+
+def test_statistics_in_half_precision_are_widened_and_recalibrated():
+    case, model = planted_case("trained in bfloat16")
+    images = digits.data()["test"][0].bfloat16()
+    labels = digits.data()["test"][1]
+    before = (model.eval()(images).argmax(1) == labels).float().mean()
+    sentences, again = repaired(case, model)
+    assert len(sentences) == 2
+    assert all(sentence.endswith("done.") for sentence in sentences)
+    assert again.is_clean
+    assert model[1].running_mean.dtype == torch.float32
+    assert model[0].weight.dtype == torch.bfloat16
+    assert (model.eval()(images).argmax(1) == labels).float().mean() > before + 0.2
+
+
+def test_a_layer_that_cannot_be_widened_is_put_back():
+    class OneType(nn.Module):
+        """Adds its input to the norm's weight in place, which takes one dtype."""
+
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return self.net(x) + torch.dot(self.net[1].weight, self.net[1].weight.new_ones(16).to(x.dtype))
+
+    case, model = planted_case("trained in bfloat16")
+    model = OneType(model)
+    before = copy.deepcopy(model.state_dict())
+    sentences, _ = repaired(case, model)
+    assert any("does not run with the layer in float32" in sentence for sentence in sentences)
+    assert model.net[1].running_mean.dtype == torch.bfloat16
+    assert model.net[1].running_mean.equal(before["net.1.running_mean"])
+
+
+@pytest.mark.parametrize("kind", ["new", "old", "ours"])
+def test_spectral_vectors_are_taken_anew(kind):
+    wrap = {
+        "new": nn.utils.parametrizations.spectral_norm,
+        "old": nn.utils.spectral_norm,
+        "ours": steadynorm.spectral_norm,
+    }[kind]
+    conv = wrap(nn.Conv2d(1, 8, 3))
+    model = nn.Sequential(conv, nn.Flatten(), nn.Linear(288, 10)).eval()
+    _, vector = next((name, b) for name, b in conv.named_buffers() if name.endswith("_u"))
+    with torch.no_grad():
+        vector.mul_(0.6)
+    sentences, again = repaired(cases.Case("spectral", lambda: model), model)
+    assert [s.endswith("done.") for s in sentences] == [True]
+    assert again.is_clean
+    model.eval()(torch.zeros(1, 1, 8, 8))
+    norm = torch.linalg.matrix_norm(conv.weight.detach().flatten(1).double(), 2)
+    assert norm.item() == pytest.approx(1, abs=1e-4)

@@ -16,6 +16,8 @@ from steadynorm.doctor.rules import RULES, advice_of, code_of
 from steadynorm.errors import InputError
 from steadynorm.probe import PARTS, Facts
 from tests.doctor.cases import FAULTS, HEALTHY
+from tests.doctor.controls import CONTROLS
+from tests.doctor.planted import PLANTED
 
 CODES = [code_of(rule) for rule in RULES]
 SECTIONS = ("Why:", "Bad:", "Good:", "Source:")
@@ -88,5 +90,5 @@ def test_the_documentation_lists_every_rule():
 
 def test_the_documentation_counts_the_cases():
     page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text()
-    assert f"plants {len(FAULTS)} faults" in page
-    assert f"holds {len(HEALTHY)} healthy" in page
+    assert f"plants {len(FAULTS + PLANTED)} faults" in page
+    assert f"holds {len(HEALTHY + CONTROLS)} healthy" in page

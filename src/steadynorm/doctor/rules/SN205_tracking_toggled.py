@@ -47,7 +47,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             message=f"{message}.",
             evidence=evidence,
             fix=Fix(
-                "Set track_running_stats=True again. To freeze the layer use steadynorm.training.frozen or "
+                "Set track_running_stats=True again. To freeze the layer use steadynorm.training.freeze_ or "
                 "FrozenBatchNorm; to have no statistics set running_mean and running_var to None."
             ),
         )

@@ -48,7 +48,7 @@ def check(facts: Facts) -> Iterator[Finding]:
                 "momentum": "cumulative" if norm.momentum is None else norm.momentum,
                 "frozen modules": len(facts.frozen_layers),
             },
-            fix=Fix("Freeze the norm too: steadynorm.training.frozen, or FrozenBatchNorm in its place."),
+            fix=Fix("Freeze the norm too: steadynorm.training.freeze_, or FrozenBatchNorm in its place."),
         )
 
 

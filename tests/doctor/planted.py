@@ -1,0 +1,124 @@
+"""Faults of the state, of the settings and of half precision, planted in small networks trained on real digits."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from steadynorm.recipes import digits
+from tests.doctor.cases import NORMS, Case, of, train, trained, with_change
+from tests.doctor.controls import HALF, DenseBlock, dimmed, halves, spectral
+from tests.doctor.networks import convolutional
+
+DIMMED = {"batches": lambda: dimmed("test"), "train_batches": lambda: dimmed("train")}
+
+
+def toggled():
+    """A backbone "frozen" as a well-known trainer does it, then trained on digits of another contrast."""
+    model = trained()
+    for path in NORMS:
+        model.get_submodule(path).track_running_stats = False
+    return train(model, lr=0.02, batches=lambda split, size, seed: dimmed(split))
+
+
+def transferred(backbone, width):
+    """The fine-tuning of tutorials: no gradients for what is pretrained, and a new classifier."""
+
+    def make():
+        model = backbone().requires_grad_(False)
+        model.head = nn.Identity()
+        return train(nn.Sequential(model, nn.Linear(width, 10)))
+
+    return make
+
+
+def toggle(bn):
+    bn.track_running_stats = False
+
+
+def by_batch_with_own_buffers(bn):
+    class Hard(nn.BatchNorm2d):
+        def forward(self, x):
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.1, self.eps)
+
+    bn.__class__ = Hard
+
+
+def coarse():
+    """A whole network trained in bfloat16, with a slow average: an update is less than the next number is away."""
+    model = convolutional(lambda c: nn.BatchNorm2d(c, momentum=0.003)).bfloat16()
+    return train(model, steps=150, batches=lambda split, size, seed: halves(split))
+
+
+def averaged_vectors():
+    """Spectral norms averaged over the training, vectors and all."""
+    model, start = spectral(), spectral(lambda model: _other(model))
+    with torch.no_grad():
+        for a, b in zip(model.buffers(), start.buffers(), strict=True):
+            a.add_(b).div_(2)
+    return model
+
+
+def _other(model):
+    """The same network with vectors from elsewhere."""
+    model = copy.deepcopy(model)
+    for buffer in model.buffers():
+        buffer.copy_(F.normalize(torch.randn_like(buffer), dim=0))
+    return model
+
+
+def one_value():
+    """As many groups as channels, after the image is gone."""
+    return train(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.GroupNorm(8, 32), nn.ReLU(), nn.Linear(32, 16))
+        .append(nn.GroupNorm(16, 16))
+        .append(nn.Linear(16, 10))
+    )
+
+
+def raw_features():
+    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 10)).bfloat16()
+
+
+def shifted(split):
+    return [(100 + x.bfloat16(), y) for x, y in digits.batches(split, 32, 0)]
+
+
+PLANTED = [
+    Case("one value per statistic", one_value, of("SN103", "5")),
+    Case(
+        "momentum of another library",
+        lambda: train(convolutional(lambda c: nn.BatchNorm2d(c, momentum=0.99))),
+        of("SN108", "1", "4"),
+    ),
+    Case(
+        "momentum zero",
+        lambda: train(convolutional(lambda c: nn.BatchNorm2d(c, momentum=0.0))),
+        of("SN110", "1", "4") | of("SN203", "1", "4"),
+    ),
+    Case("tracking toggled", toggled, of("SN205", *NORMS), **DIMMED),
+    Case("tracking toggled, statistics fit", with_change("stem.1", toggle), of("SN205", "stem.1")),
+    Case("trained in bfloat16", coarse, of("SN206", "1", "4"), **HALF),
+    Case("averaged spectral vectors", averaged_vectors, of("SN208", "1", "3")),
+    Case(
+        "own buffers, training=True",
+        with_change("block1.bn1", by_batch_with_own_buffers),
+        of("SN801", "block1.bn1") | of("SN301", "block1.bn1"),
+    ),
+    Case(
+        "frozen parameters, moving statistics", transferred(trained, 32), of("SN302", *(f"0.{path}" for path in NORMS))
+    ),
+    Case(
+        "frozen block, norms first",
+        transferred(lambda: train(DenseBlock()), 24),
+        of("SN302", "0.norm1", "0.norm2", "0.norm3"),
+    ),
+    Case(
+        "features far from zero",
+        raw_features,
+        of("SN501", "1"),
+        batches=lambda: shifted("test"),
+        train_batches=lambda: shifted("train"),
+    ),
+]
