@@ -26,8 +26,11 @@ LAYERS = {
 }
 
 
+RARE = ("batch, rows", "frozen", "ghost", "renorm", "rms, gemma", "group", "instance, tracking", "batch", "channels")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in RARE)) for n in LAYERS])
 def test_onnxruntime_gives_what_the_layer_gives(name):
     make, shape = LAYERS[name]
     layer = make()

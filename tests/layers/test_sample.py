@@ -275,6 +275,7 @@ def test_autocast_gives_the_dtype_that_torch_gives(name, given, dtype, device):
         torch.set_autocast_dtype(device, enabled[1])
 
 
+@pytest.mark.slow  # four more kernels
 def test_autocast_in_a_model():
     model = nn.Sequential(nn.Conv2d(3, 6, 3), sn.GroupNorm(2, 6, activation="relu"), nn.Conv2d(6, 4, 1))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -18,9 +18,10 @@ LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), BatchNorm2d(8, activation="relu"))
-    plain = nn.Sequential(copy.deepcopy(model[0]), nn.BatchNorm2d(8), nn.ReLU())
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_autocast(activation, dtype):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), BatchNorm2d(8, activation=activation))
+    plain = nn.Sequential(copy.deepcopy(model[0]), nn.BatchNorm2d(8), nn.ReLU() if activation else nn.Identity())
     x = torch.randn(4, 3, 8, 8)
     with torch.autocast("cpu", dtype=dtype):
         y, expected = model(x), plain(x)
