@@ -14,8 +14,6 @@ from steadynorm.probe.trace import ForwardRaised, run
 
 # What folding may change: the rounding of a few additions, relative to the largest value of the output.
 FOLD_TOLERANCE = 1e-4
-# Enough from anywhere: the error falls by the ratio of the first two singular values each time.
-POWER_ITERATIONS = 100
 
 
 class UnhelpfulError(SteadynormError):
@@ -87,4 +85,4 @@ def iterate_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: Iter
     paths = {path for (path,) in targets}
     for found in list(spectral.stored(model)):
         if found.path in paths:
-            spectral.iterate_(found.matrix, found.u, found.v, POWER_ITERATIONS)
+            spectral.iterate_(found.matrix, found.u, found.v, spectral.POWER_ITERATIONS)

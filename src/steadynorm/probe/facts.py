@@ -226,14 +226,19 @@ class SpectralVectors:
     Args:
         path: of the layer whose weight is divided.
         u_norm, v_norm: their lengths.
-        norm_after: largest singular value of the weight that evaluation computes with; 1 is what is promised.
+        norm_after: largest singular value of the weight that evaluation computes with, where 1 is promised; None where
+            the lengths are 1 and it was not taken.
     """
 
     path: str
     u_norm: float
     v_norm: float
-    norm_after: float
+    norm_after: float | None = None
     dtype: str = "float32"
+
+
+# How far from 1 a length may be: the rounding of float32 is a thousand times less.
+UNIT_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)

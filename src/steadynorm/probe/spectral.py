@@ -1,5 +1,9 @@
-"""The stored vectors of spectral normalizations: torch.nn's two, and ours."""
+"""The stored vectors of torch.nn's two spectral normalizations.
 
+Ours takes the lengths off and makes one vector from the other in evaluation: averaged vectors do it no harm.
+"""
+
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,7 +13,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 
-from steadynorm.probe.facts import SpectralVectors
+from steadynorm.layers.weight.spectral import SpectralNorm
+from steadynorm.probe.facts import UNIT_TOLERANCE, SpectralVectors
+
+# Enough from anywhere: the error falls by the ratio of the first two singular values each time.
+POWER_ITERATIONS = 100
 
 
 class Stored(NamedTuple):
@@ -22,12 +30,13 @@ class Stored(NamedTuple):
 
 
 def stored(model: nn.Module) -> Iterator[Stored]:
-    """The spectral normalizations of `model`; one that is not the first parametrization of its weight is left out."""
+    """The spectral normalizations of `model` that trust their vectors, and come first of all that is done to a weight."""
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
             for parametrizations in module.parametrizations.values():
                 first, weight = parametrizations[0], getattr(parametrizations, "original", None)
-                yield from _fitting(path, weight, first, getattr(first, "_u", None), getattr(first, "_v", None))
+                if not isinstance(first, SpectralNorm):
+                    yield from _fitting(path, weight, first, getattr(first, "_u", None), getattr(first, "_v", None))
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, OldSpectralNorm):
                 weight, u, v = (getattr(module, hook.name + end, None) for end in ("_orig", "_u", "_v"))
@@ -43,15 +52,24 @@ def _fitting(path: str, weight: object, settings: object, u: object, v: object) 
 
 
 def vectors(model: nn.Module) -> tuple[SpectralVectors, ...]:
-    """What the vectors are, and what evaluation makes of the weight with them: W / (u^T W v)."""
+    """What the vectors are, and where their lengths are not 1, what evaluation makes of the weight: W / (u^T W v)."""
     found = []
     for path, matrix, u, v in stored(model):
-        matrix, a, b = matrix.double(), u.double(), v.double()
-        sigma, largest = float(a @ matrix @ b), float(torch.linalg.matrix_norm(matrix, 2))
-        after = largest / abs(sigma) if sigma else float("inf")
-        dtype = str(u.dtype).removeprefix("torch.")
-        found.append(SpectralVectors(path, float(a.norm()), float(b.norm()), after, dtype))
+        lengths = float(u.double().norm()), float(v.double().norm())
+        after = None
+        if not all(abs(length - 1) <= UNIT_TOLERANCE for length in lengths):
+            sigma, largest = float(u.double() @ matrix.double() @ v.double()), _largest(matrix)
+            after = largest / abs(sigma) if sigma else math.inf
+        found.append(SpectralVectors(path, *lengths, after, str(u.dtype).removeprefix("torch.")))
     return tuple(found)
+
+
+def _largest(matrix: Tensor) -> float:
+    """The largest singular value; by power iteration, which is all that a large weight affords."""
+    wide = matrix.double()
+    u, v = wide.new_ones(wide.shape[0]), wide.new_empty(wide.shape[1])
+    iterate_(wide, u, v, POWER_ITERATIONS)
+    return float(u @ wide @ v)
 
 
 @torch.no_grad()

@@ -105,7 +105,8 @@ def _with_statistics(norm: Norm, layer: nn.Module) -> Norm:
 
 def _has_initial_affine(layer: nn.Module) -> bool:
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    if bias is not None:
+    # A bias that was never to be trained, as in front of a classifier for retrieval, says nothing.
+    if bias is not None and (bias.requires_grad or bool(bias.any())):
         return not bool(bias.any())
     return weight is None or bool((weight == 1).all()) or bool((weight == 0).all())
 

@@ -31,6 +31,7 @@ from steadynorm.doctor import fixes
 from steadynorm.doctor.evidence import as_evidence, in_words, severity_of
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
+from steadynorm.probe.facts import Norm
 
 needs: tuple[Part, ...] = ("state",)
 
@@ -39,32 +40,49 @@ ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
 
 
 def check(facts: Facts) -> Iterator[Finding]:
-    """One finding for each such layer that would move in training; more than a note where it has drifted already."""
+    """One finding for each such layer that has drifted, and one note for all others that would move in training."""
+    quiet: list[Norm] = []
     for path, norm in facts.norms.items():
-        if norm.statistics_dtype not in ROUNDING or not norm.learns or norm.state_fault not in ("", "half"):
+        if norm.statistics_dtype not in ROUNDING or not norm.learns:
             continue
-        rounding = ROUNDING[norm.statistics_dtype]
-        evidence: dict[str, float | int | str] = {"dtype": norm.statistics_dtype, "rounding": rounding}
-        message = f"The running statistics are {norm.statistics_dtype}"
-        if norm.momentum:
-            evidence["momentum"] = norm.momentum
-            evidence["stalls at this distance, relative"] = rounding / norm.momentum
-            message += f", which stalls up to {rounding / norm.momentum:.0%} away from those of the data"
+        if norm.state_fault in ("broken", "toggled") or (norm.state_fault == "default" and not facts.is_fresh):
+            continue
         drift = facts.drift.get(path)
-        fix, effect = Fix("None needed to evaluate. For training keep the layer in float32."), None
-        if drift is not None and drift.is_beyond_chance and not facts.is_fresh:
-            effect = drift.effect
-        if effect is not None:
-            evidence |= {"divergence": drift.divergence if drift else 0.0, **as_evidence(effect)}
-            message += f"; {in_words(effect)}"
-            text = "Keep the layer in float32 and recalibrate its statistics from the data."
-            fix = Fix(text, True, fixes.widen_, (path,))
+        if facts.is_fresh or drift is None or drift.effect is None or not drift.is_beyond_chance:
+            quiet.append(norm)
+            continue
         yield Finding(
             code="SN206",
-            severity="note" if effect is None else severity_of(effect),
-            confidence="proved" if effect is None else "measured",
+            severity=severity_of(drift.effect),
+            confidence="measured",
             where=path,
-            message=f"{message}.",
-            evidence=evidence,
-            fix=fix,
+            message=f"The running statistics are {norm.statistics_dtype}{_stall(norm)}; {in_words(drift.effect)}.",
+            evidence={**_evidence(norm), "divergence": drift.divergence, **as_evidence(drift.effect)},
+            fix=Fix(
+                "Keep the layer in float32 and recalibrate its statistics from the data.", True, fixes.widen_, (path,)
+            ),
         )
+    if quiet:
+        yield Finding(
+            code="SN206",
+            severity="note",
+            confidence="proved",
+            where=quiet[0].path if len(quiet) == 1 else "",
+            message=f"Running statistics are {quiet[0].statistics_dtype}{_stall(quiet[0])}.",
+            evidence={"layers": len(quiet), **_evidence(quiet[0])},
+            fix=Fix("None needed to evaluate. For training keep the norm layers in float32."),
+        )
+
+
+def _stall(norm: Norm) -> str:
+    if not norm.momentum:
+        return ""
+    return f", which in training stall up to {ROUNDING[str(norm.statistics_dtype)] / norm.momentum:.0%} from the data"
+
+
+def _evidence(norm: Norm) -> dict[str, float | int | str]:
+    rounding = ROUNDING[str(norm.statistics_dtype)]
+    found: dict[str, float | int | str] = {"dtype": str(norm.statistics_dtype), "rounding": rounding}
+    if norm.momentum:
+        found |= {"momentum": norm.momentum, "stalls at this distance, relative": rounding / norm.momentum}
+    return found

@@ -1,0 +1,140 @@
+"""What keeps a rule silent, or makes a note of it: one guard at a time."""
+
+import pytest
+import torch
+from torch import nn
+
+import steadynorm
+from steadynorm import doctor
+from tests.doctor.networks import NeverEvaluates, mlp
+
+
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(16, 1, 8, 8, generator=generator) for _ in range(4)]
+
+
+def findings(code, *layers):
+    model = nn.Sequential(*layers)
+    return [(f.where, f.severity) for f in doctor.examine(model, images(), select=[code]).findings]
+
+
+def conv_and(norm):
+    return nn.Conv2d(1, 8, 3, bias=False), norm
+
+
+def dense_and(norm):
+    return nn.Flatten(), nn.Linear(64, 8), norm
+
+
+def toggled():
+    norm = nn.BatchNorm2d(8)
+    norm.track_running_stats = False
+    return norm
+
+
+def evaluating(norm):
+    return norm.eval()
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (dense_and(nn.GroupNorm(8, 8)), [("2", "error")]),
+        (dense_and(steadynorm.GroupNorm(4, 8)), [("2", "warning")]),
+        (dense_and(nn.GroupNorm(2, 8)), []),
+        ((nn.Flatten(), nn.Linear(64, 1), nn.LayerNorm(1)), [("2", "error")]),
+        ((nn.Flatten(), nn.Linear(64, 2), nn.LayerNorm(2)), [("2", "warning")]),
+        ((nn.Flatten(), nn.Linear(64, 1), steadynorm.RMSNorm(1)), [("2", "error")]),
+        ((nn.Flatten(), nn.Linear(64, 2), nn.RMSNorm(2)), []),
+        (conv_and(nn.GroupNorm(8, 8)), []),
+        ((nn.Conv2d(1, 8, (8, 7)), nn.InstanceNorm2d(8)), [("1", "warning")]),
+        ((nn.Conv2d(1, 8, 8), nn.InstanceNorm2d(8, track_running_stats=True)), []),
+        ((nn.Conv2d(1, 8, 8), nn.BatchNorm2d(8)), []),
+    ],
+)
+def test_values_per_statistic(layers, expected):
+    assert findings("SN103", *layers) == expected
+
+
+@pytest.mark.parametrize("momentum", [1.0, 0.4, 0.1, 0.0, None])
+def test_momenta_that_are_meant(momentum):
+    assert findings("SN108", *conv_and(nn.BatchNorm2d(8, momentum=momentum))) == []
+
+
+@pytest.mark.parametrize("cls", [nn.BatchNorm2d, steadynorm.BatchNorm2d, nn.SyncBatchNorm])
+def test_momenta_of_elsewhere_are_found_in_every_batch_norm(cls):
+    assert findings("SN108", *conv_and(cls(8, momentum=0.9))) == [("1", "warning")]
+    assert findings("SN110", *conv_and(cls(8, momentum=0))) == [("1", "error")]
+
+
+def test_a_momentum_does_not_matter_where_nothing_moves():
+    frozen = steadynorm.BatchNorm2d(8, momentum=0.9).freeze_()
+    assert findings("SN108", *conv_and(frozen)) == []
+    assert findings("SN110", *conv_and(evaluating(nn.BatchNorm2d(8, momentum=0.0)))) == []
+    assert findings("SN108", *conv_and(nn.InstanceNorm2d(8, momentum=0.9, track_running_stats=True))) == []
+
+
+def test_momentum_zero_is_a_note_where_the_statistics_fit():
+    layers = conv_and(nn.BatchNorm2d(8, momentum=None))
+    model = nn.Sequential(*layers)
+    for x in images():
+        model(x)
+    layers[1].momentum = 0.0
+    result = doctor.examine(model, images(), select=["SN110", "SN203"])
+    assert [(f.code, f.severity) for f in result.findings] == [("SN110", "note")]
+
+
+def test_toggling_is_found_where_training_would_use_the_batch():
+    assert findings("SN205", *conv_and(toggled())) == [("1", "error")]
+    assert findings("SN205", *conv_and(evaluating(toggled()))) == []
+    assert findings("SN205", *conv_and(nn.BatchNorm2d(8, track_running_stats=False))) == []
+
+
+@pytest.mark.parametrize(
+    ("frozen", "expected"),
+    [
+        ("backbone", [("0.1", "warning")]),
+        ("layer alone", []),
+        ("norm alone", []),
+        ("everything", []),
+        ("nothing", []),
+    ],
+)
+def test_a_norm_moves_with_what_feeds_it(frozen, expected):
+    backbone = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
+    model = nn.Sequential(backbone, nn.Linear(288, 4))
+    parts = {"backbone": backbone, "layer alone": backbone[0], "norm alone": backbone[1], "everything": model}
+    parts.get(frozen, nn.Identity()).requires_grad_(False)
+    found = doctor.examine(model, images(), select=["SN302"]).findings
+    assert [(f.where, f.severity) for f in found] == expected
+
+
+def test_evaluation_that_moves_statistics_is_seen_through_a_wrong_train():
+    found = doctor.examine(NeverEvaluates(), images(), select=["SN301"]).findings
+    assert [(f.where, f.severity) for f in found] == [("net.4", "error")]
+
+
+def test_zero_gammas_are_no_dead_channels_and_most_of_a_layer_may_be():
+    norm = nn.BatchNorm2d(8)
+    nn.init.zeros_(norm.weight)
+    assert findings("SN112", *conv_and(norm)) == []
+    with torch.no_grad():
+        norm.weight[0] = 1
+    assert findings("SN112", *conv_and(norm)) == [("1", "note")]
+
+
+def test_lost_statistics_are_no_fault_of_a_model_that_was_never_trained():
+    assert findings("SN201", *dense_and(nn.BatchNorm1d(8))) == []
+    model = mlp()
+    nn.init.uniform_(model[2].bias)
+    found = doctor.examine(model, [3 * x + 2 for x in images()], select=["SN201", "SN203"]).findings
+    assert [(f.code, f.where) for f in found] == [("SN201", "2")]
+    assert found[0].severity != "note"
+
+
+def test_a_cast_model_gets_one_note_for_all_its_layers():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).bfloat16()
+    found = doctor.examine(model, [x.bfloat16() for x in images()], select=["SN206"]).findings
+    assert [(f.severity, f.where, f.evidence["layers"]) for f in found] == [("note", "", 2)]
+    assert found[0].evidence["stalls at this distance, relative"] == pytest.approx(2**-9 / 0.1)
