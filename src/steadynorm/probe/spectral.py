@@ -30,7 +30,7 @@ class Stored(NamedTuple):
 
 
 def stored(model: nn.Module) -> Iterator[Stored]:
-    """The spectral normalizations of `model` that trust their vectors, and come first of all that is done to a weight."""
+    """The spectral normalizations of `model` that trust their vectors and come first at their weight."""
     for path, module in model.named_modules():
         if parametrize.is_parametrized(module):
             for parametrizations in module.parametrizations.values():
