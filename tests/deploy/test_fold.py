@@ -219,6 +219,43 @@ def test_a_layer_that_raises_inside_of_a_model_that_goes_on_is_refused():
     assert "caught it" in folded(trained(model), IMAGES).left["bn"]
 
 
+def test_a_dropout_that_the_model_turns_on_is_another_consumer():
+    def forward(m, x):
+        t = m.conv(x)
+        return m.bn(t) + m.drop.train()(t)
+
+    model = Net(forward, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4), drop=nn.Dropout())
+    change = deploy.fold(trained(model), [IMAGES])
+    assert "also used elsewhere: a call of drop" in change.left["bn"]
+
+
+def test_a_layer_that_is_called_with_other_weights_is_refused():
+    def forward(m, x):
+        return m.bn(torch.func.functional_call(m.conv, {"weight": x.mean() * x.new_ones(4, 3, 1, 1)}, (x,)))
+
+    model = Net(forward, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    assert "with other tensors" in folded(trained(model), IMAGES).left["bn"]
+
+
+def test_an_output_that_nobody_takes_does_no_harm():
+    model = Net(lambda m, x: (m.conv(x), m.bn(m.conv(x)))[1], conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    assert where(folded(trained(model), IMAGES)) == {"bn": "folded into conv"}
+
+
+def test_a_part_that_is_scripted_is_seen_from_outside():
+    class Adding(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    with pytest.warns(DeprecationWarning, match="script"):
+        scripted = torch.jit.script(Adding())
+    row = {"conv": nn.Conv2d(3, 4, 1), "bn": nn.BatchNorm2d(4), "other": nn.Conv2d(4, 4, 1), "end": nn.BatchNorm2d(4)}
+    model = Net(lambda m, x: (t := m.conv(x), m.end(m.other(m.bn(t) + m.adding(t))))[1], adding=scripted, **row)
+    change = folded(trained(model), IMAGES)
+    assert "also used elsewhere" in change.left["bn"]
+    assert where(change) == {"end": "folded into other"}
+
+
 # Norm before layer.
 
 

@@ -189,7 +189,8 @@ def _outputs_of_modules(model: nn.Module, batch: Any, forward: Forward) -> dict[
 
         return leave
 
-    handles = [module.register_forward_hook(after(path)) for path, module in model.named_modules()]
+    watched = ((path, one) for path, one in model.named_modules() if not isinstance(one, torch.jit.ScriptModule))
+    handles = [module.register_forward_hook(after(path)) for path, module in watched]
     try:
         run(model, batch, forward)
     finally:

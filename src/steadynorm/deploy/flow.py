@@ -110,6 +110,7 @@ class Record:
         uses: of each storage.
         kept: storages made by units that were alive when the model had returned.
         returned: those of them that the model gave back.
+        altered: units that were called in another mode, or with other parameters, than the model has them.
         blind: why the recording may have missed something, if it may.
     """
 
@@ -117,6 +118,7 @@ class Record:
     uses: dict[Key, list[Use]] = field(default_factory=dict)
     kept: set[Key] = field(default_factory=set)
     returned: set[Key] = field(default_factory=set)
+    altered: set[str] = field(default_factory=set)
     blind: str = ""
 
     def makers(self) -> dict[Key, Call]:
@@ -148,6 +150,7 @@ class _Recorder:
         self.within: Call | None = None
         self.number = 0
         self.begun, self.ended = Counter[str](), Counter[str]()
+        self.states = {path: _state(module) for path, module in units.items()}
         self.thread = threading.get_ident()
         # Keeps addresses from being used again, not the memory.
         self.seen: dict[Key, StorageWeakRef] = {}
@@ -176,6 +179,8 @@ class _Recorder:
         handles = []
         try:
             for path, module in self.model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks; its operators are seen
+                    continue
                 handles.append(module.register_forward_pre_hook(self._before(path), with_kwargs=True))
                 handles.append(module.register_forward_hook(self._after(path), with_kwargs=True))
             yield
@@ -190,6 +195,8 @@ class _Recorder:
                 self.record.blind = "the model runs its layers in threads of its own"
             if path in self.units:
                 self.begun[path] += 1
+                if _state(module) != self.states[path]:  # functional_call, or a mode that the model's code sets
+                    self.record.altered.add(path)
                 self.within = self._begin(path, args, kwargs)
 
         return enter
@@ -248,6 +255,11 @@ class _Recorder:
         """An operation, and the module in which it runs."""
         path = self.paths[-1] if self.paths else ""
         return f"{name} in {path}" if path else name
+
+
+def _state(module: nn.Module) -> tuple[bool, dict[str, int]]:
+    """The mode of a module, and which tensors are its own."""
+    return module.training, {name: id(t) for name, t in (*module._parameters.items(), *module._buffers.items())}
 
 
 class _Functions(TorchFunctionMode):

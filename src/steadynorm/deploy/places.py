@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from steadynorm.deploy import units
 from steadynorm.deploy.affine import CONVS, affine_of, in_features, out_features
-from steadynorm.deploy.flow import Call, Key, Record
+from steadynorm.deploy.flow import Call, Key, Record, Use
 from steadynorm.layers.weight.target import TRANSPOSED
 
 EXACT_PADDING = ("circular", "reflect", "replicate")
@@ -117,7 +117,7 @@ class Places:
         for call in calls:
             uses = self.record.uses.get(call.made.key, []) if call.made is not None else []
             for use in uses:
-                if use.call is None or not self._passes(use.call.path):
+                if not self._passes(use):
                     takers.add(use.call.path if use.call is not None else None)
         linear = [one for one in takers if one is not None and units.is_linear(self.modules[one])]
         if len(takers) != 1 or not linear:
@@ -131,15 +131,14 @@ class Places:
         key = made.made.key
         if key in self.record.returned:
             raise Refused(f"the output of {source} is also an output of the model")
-        uses = [u for u in self.record.uses.get(key, []) if u.call is None or not self._passes(u.call.path)]
+        if key in self.record.kept:
+            raise Refused(f"the output of {source} is kept after the forward pass")
+        uses = [use for use in self.record.uses.get(key, []) if not self._passes(use)]
         others = [u for u in uses if u.call is None or u.call.path != taker]
         if others:
             raise Refused(f"the output of {source} is also used elsewhere: {others[0].what}")
-        if len(uses) != 1:
-            times = f"{len(uses)} times" if uses else "by nobody in some calls: the layer is shared"
-            raise Refused(f"the output of {source} is used {times}")
-        if key in self.record.kept:
-            raise Refused(f"the output of {source} is kept after the forward pass")
+        if len(uses) > 1:
+            raise Refused(f"the output of {source} is used {len(uses)} times")
 
     def _check_unchanged(self, norm: Call, taken: Call, target: str) -> None:
         """The layer will read what the norm read: nothing may have written there in between."""
@@ -184,12 +183,16 @@ class Places:
     def _check_parameters(self, path: str) -> None:
         """Raise Refused where code outside of the layer reads its tensors."""
         module = self.modules[path]
+        if path in self.record.altered:
+            raise Refused(f"{path} is called in another mode, or with other tensors, than it has between calls")
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             for use in self.record.uses.get(_key(tensor), []) if tensor is not None else []:
                 raise Refused(f"{path}.{name} is also used elsewhere: {use.what}")
 
-    def _passes(self, path: str) -> bool:
-        return units.is_passing(self.modules[path])
+    def _passes(self, use: Use) -> bool:
+        """Whether a use is a call that gave back what it was given."""
+        call = use.call
+        return call is not None and units.is_passing(self.modules[call.path]) and call.made == call.given
 
 
 def _rank(layer: nn.Module) -> int:
