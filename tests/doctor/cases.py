@@ -301,7 +301,7 @@ HEALTHY = [
     ),
     Case("instance norm", lambda: train(convolutional(nn.InstanceNorm2d))),
     Case(
-        "instance norm that tracks",
+        "instance norm that tracks, hardly trained",
         lambda: train(convolutional(lambda c: nn.InstanceNorm2d(c, track_running_stats=True))),
     ),
     Case("no norm", lambda: train(convolutional(lambda c: nn.Identity(), bias=True))),

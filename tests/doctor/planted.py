@@ -97,6 +97,11 @@ PLANTED = [
         lambda: train(convolutional(lambda c: nn.BatchNorm2d(c, momentum=0.0))),
         of("SN110", "1", "4") | of("SN203", "1", "4"),
     ),
+    Case(
+        "instance norm that tracks",
+        lambda: train(convolutional(lambda c: nn.InstanceNorm2d(c, track_running_stats=True)), steps=200),
+        of("SN114", "1", "4"),
+    ),
     Case("tracking toggled", toggled, of("SN205", *NORMS), **DIMMED),
     Case("tracking toggled, statistics fit", with_change("stem.1", toggle), of("SN205", "stem.1")),
     Case("trained in bfloat16", coarse, of("SN206", "1", "4"), **HALF),

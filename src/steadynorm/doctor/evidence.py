@@ -28,8 +28,8 @@ def as_evidence(effect: Effect, before: str = "as stored", after: str = "recalib
     return named
 
 
-def in_words(effect: Effect) -> str:
-    """What an effect means for the user of the model."""
+def in_words(effect: Effect, how: str = "with recalibrated ones") -> str:
+    """What an effect means for the user of the model; `how` is what was done."""
     parts = []
     if effect.changed is not None:
         parts.append(f"{effect.changed:.0%} of the predictions change")
@@ -38,7 +38,7 @@ def in_words(effect: Effect) -> str:
             parts.append(f"{name} goes from {pair[0]:.3g} to {pair[1]:.3g}")
     if not parts:
         parts.append(f"the output changes by {effect.distance:.2g} of its deviation")
-    return "with recalibrated ones " + ", ".join(parts)
+    return f"{how} " + ", ".join(parts)
 
 
 def gain_of(effect: Effect) -> float | None:

@@ -10,7 +10,7 @@ from torch import nn
 from steadynorm import models
 from steadynorm.blame import in_a_line
 from steadynorm.errors import InputError
-from steadynorm.probe import bias, drift, isolation, spectral, state
+from steadynorm.probe import bias, drift, instances, isolation, spectral, state
 from steadynorm.probe.batches import Source, gather
 from steadynorm.probe.effects import Loss, Metrics, Task
 from steadynorm.probe.facts import PARTS, Drift, Facts, Failure, Part
@@ -196,6 +196,9 @@ class _Observer:
         self.task.judge(output, self.here[0])  # a loss that does not fit is found at once
         count = sample_count(inputs_of(self.here[0], self.forward)) or 1
         self.found["values"] = bias.values(self.found["calls"], self.found["norms"], count)
+        if paths := instances.tracking(self.found["norms"]):
+            few = self.here[: max(1, GAP_SAMPLES // count)]
+            self.found["instance_gap"] = instances.gap(self.model, few, self.forward, self.task, paths)
 
     def _dead_biases(self) -> None:
         self.found["dead_biases"] = bias.dead(

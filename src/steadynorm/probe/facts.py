@@ -258,6 +258,7 @@ class Facts:
     Args:
         skipped: parts that could not be looked at, with the reason.
         frozen_layers: modules that have parameters, none of which takes a gradient; empty if that is the whole model.
+        instance_gap: of giving the instance norms that track running statistics those of each sample, as in training.
         moved: modules whose running statistics changed in a forward in evaluation mode.
         drift_together: effect of recalibrating all layers that drifted, at once.
         training_gap: between training and evaluation mode on the same batches, with recalibrated statistics: what the
@@ -275,6 +276,7 @@ class Facts:
     training_gap: Effect | None = None
     leaks: tuple[Leak, ...] = ()
     frozen_layers: frozenset[str] = frozenset()
+    instance_gap: Effect | None = None
     moved: tuple[str, ...] = ()
     spectral: tuple[SpectralVectors, ...] = ()
     failures: tuple[Failure, ...] = ()
