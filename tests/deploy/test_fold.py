@@ -6,6 +6,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -161,6 +162,7 @@ def _kept(m, x):
 
 CONSUMERS = {
     "elsewhere: add": lambda m, x: (t := m.conv(x), m.bn(t) + t)[1],
+    "elsewhere: data": lambda m, x: (t := m.conv(x), m.bn(t) + t.data)[1],
     "elsewhere: view": lambda m, x: (t := m.conv(x), m.bn(t) + t.view(-1)[0])[1],
     "an output of the model": lambda m, x: (t := m.conv(x), (m.bn(t), t))[1],
     "kept after": _kept,
@@ -442,6 +444,19 @@ def test_the_random_state_and_a_failing_model_stay_as_they_are():
     with pytest.raises(RuntimeError):
         deploy.fold(model, [torch.zeros(1, 5, 8, 8)])
     assert not model[0]._forward_hooks
+
+
+def test_what_cannot_be_seen_is_caught_by_the_comparison():
+    def forward(m, x):
+        t, seen = m.conv(x), []
+        thread = threading.Thread(target=lambda: seen.append(t.sum()))
+        thread.start()
+        thread.join()
+        return m.bn(t) + seen[0]
+
+    model = Net(forward, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    with pytest.raises(DifferenceError, match=r"relative [0-9.e+-]+.*part at the model itself"):
+        deploy.fold(trained(model), [IMAGES])
 
 
 # Saboteurs: what others do wrong must be caught by the comparison that ends every fold.

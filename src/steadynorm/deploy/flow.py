@@ -273,7 +273,7 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.recorder.within is None and not _is_metadata(func):
             for tensor in tensors_in((args, kwargs)):
-                self.recorder.use(tensor, self.recorder.where(getattr(func, "__name__", str(func))))
+                self.recorder.use(tensor, self.recorder.where(_name(func)))
         return func(*args, **kwargs)
 
 
@@ -295,6 +295,12 @@ class _Operators(TorchDispatchMode):
             for tensor in tensors_in(output):
                 self.recorder.use(tensor, self.recorder.where(str(func).removesuffix(".default")))
         return output
+
+
+def _name(func: Any) -> str:
+    """What a function of torch is called; a property by its own name."""
+    name = getattr(func, "__name__", str(func))
+    return getattr(getattr(func, "__self__", None), "__name__", name) if name in ("__get__", "__set__") else name
 
 
 def _is_metadata(func: Any) -> bool:

@@ -213,7 +213,7 @@ def _held(
         bar = default_tolerance(worst.dtype) if tolerance is None else tolerance
         raise DifferenceError(
             f"the folded model differs{where} from the model by more than {bar:.1e}: {worst}; they part at"
-            f" {first or 'no layer'}. Nothing was folded. leave= leaves a norm as it is; tolerance= allows more."
+            f" {first or 'the model itself'}. Nothing was folded. leave= keeps a norm; tolerance= allows more."
         )
     return outputs
 
