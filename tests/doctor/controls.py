@@ -12,7 +12,7 @@ import steadynorm
 from steadynorm import models, training
 from steadynorm.recipes import digits
 from tests.doctor.cases import Case, reset_all, train, trained
-from tests.doctor.networks import Residual, convolutional, mlp
+from tests.doctor.networks import convolutional, mlp
 
 
 class DenseBlock(nn.Module):
@@ -189,7 +189,7 @@ def halves(split):
 
 
 def half_with_float_norms():
-    model = train(Residual(), steps=100).bfloat16()
+    model = trained().bfloat16()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.float()
@@ -213,7 +213,7 @@ CONTROLS = [
     Case("attention with layer norms", lambda: train(Rows(nn.LayerNorm))),
     Case("attention with root mean squares", lambda: train(Rows(nn.RMSNorm))),
     Case("attention, untrained", lambda: Rows(steadynorm.RMSNorm)),
-    Case("critic of two calls", lambda: train(Critic(), steps=100)),
+    Case("critic of two calls", lambda: train(Critic())),
     Case("style, instance norms", lambda: train(Style())),
     Case("frozen backbone, FrozenBatchNorm", frozen_backbone),
     Case("frozen backbone, kept in evaluation mode", lambda: train(KeepsItsBackbone())),

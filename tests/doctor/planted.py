@@ -1,6 +1,7 @@
 """Faults of the state, of the settings and of half precision, planted in small networks trained on real digits."""
 
 import copy
+from functools import cache
 
 import torch
 from torch import nn
@@ -47,8 +48,13 @@ def by_batch_with_own_buffers(bn):
 
 def coarse():
     """A whole network trained in bfloat16, with a slow average: an update is less than the next number is away."""
+    return copy.deepcopy(_coarse())
+
+
+@cache
+def _coarse():
     model = convolutional(lambda c: nn.BatchNorm2d(c, momentum=0.003)).bfloat16()
-    return train(model, steps=150, batches=lambda split, size, seed: halves(split))
+    return train(model, steps=100, batches=lambda split, size, seed: halves(split))
 
 
 def averaged_vectors():
