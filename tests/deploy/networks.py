@@ -12,6 +12,8 @@ def trained(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
+            if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and not hasattr(module, "parametrizations"):
+                module.weight.mul_(3)  # or what depends on the input would die away, and an error with it
             if getattr(module, "running_mean", None) is None:
                 continue
             module.running_mean.normal_(0, 0.5, generator=generator)

@@ -120,6 +120,10 @@ def test_networks_fold_whole(make, count, norm):
     images = IMAGES if make is not mobilenet else torch.cat([IMAGES, IMAGES[:, :1]], 1)
     change = folded(trained(make(norm=norm)), images, images[:1] + 1)
     assert len(change.log) == count
+    with torch.no_grad():
+        y = change.model(torch.randn(8, *images.shape[1:]) + 3 * torch.randn(8, images.shape[1], 1, 1))
+    y = y["mask"] if isinstance(y, dict) else y
+    assert y.std(0).mean() > 0.02 * y.abs().max(), "the input hardly reaches the output: errors would not either"
     assert not change.left
     assert all(type(module).__module__.startswith(("torch", "tests")) for module in change.model.modules())
     assert max(output.relative for output in change.difference.float64) < 1e-13
