@@ -13,9 +13,10 @@ from torch import nn
 from steadynorm import models
 from steadynorm.convert.become import become, snapshot
 from steadynorm.convert.change import Change, Converted
-from steadynorm.convert.classes import is_ours, named, own_class
+from steadynorm.convert.classes import is_ours, named
 from steadynorm.convert.targets import BY_DIMS, Rule, to_batch, to_steadynorm, to_sync, to_torch
 from steadynorm.errors import InputError
+from steadynorm.layers.weight.target import own_class
 from steadynorm.ranks import require_group
 from steadynorm.selection import Selection, select
 

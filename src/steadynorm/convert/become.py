@@ -7,13 +7,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from steadynorm.convert.classes import named, own_class, set_class
+from steadynorm.convert.classes import named
 from steadynorm.convert.targets import EARLIER, Plan
 from steadynorm.errors import InputError
 from steadynorm.functional import shapes
 from steadynorm.layers import GroupNorm, LayerNorm, RMSNorm
 from steadynorm.layers.batch import BatchNorm
 from steadynorm.layers.running import STATISTICS
+from steadynorm.layers.weight.target import own_class, set_class
 from steadynorm.layers.wide import WideBuffers, widened
 
 

@@ -1,7 +1,6 @@
 """Classes of layers: which of ours stands for which of torch.nn's, and what a class adds to the one it is made from."""
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from steadynorm import layers
 from steadynorm.layers.batch import BatchNorm
@@ -33,12 +32,6 @@ def is_ours(cls: type) -> bool:
     return issubclass(cls, ROOTS)
 
 
-def own_class(layer: nn.Module) -> type[nn.Module]:
-    """The class of a layer, without what torch's parametrizations have put over it."""
-    cls = type(layer)
-    return cls.__bases__[0] if parametrize.is_parametrized(layer) else cls
-
-
 def origin(cls: type) -> type[nn.Module] | None:
     """The nearest class of torch.nn or of ours that both have, itself included."""
     return next((base for base in cls.__mro__ if base in OURS or base in TORCHS), None)
@@ -54,14 +47,3 @@ def named(cls: type) -> str:
     """How messages call a class: nn.BatchNorm2d, steadynorm.BatchNorm2d, timm.BatchNormAct2d."""
     package = "nn" if cls.__module__.startswith("torch.nn") else cls.__module__.partition(".")[0]
     return cls.__qualname__ if package in ("__main__", "builtins") else f"{package}.{cls.__qualname__}"
-
-
-def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
-    """Make `layer` one of `cls`; what torch's parametrizations have put over its class goes over the new one."""
-    over = vars(type(layer)) if parametrize.is_parametrized(layer) else {}
-    layer.__class__ = cls
-    if over:
-        parametrize._inject_new_class(layer)
-        for name, value in over.items():
-            if isinstance(value, property) or name == "__deepcopy__":
-                setattr(type(layer), name, value)

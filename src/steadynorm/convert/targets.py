@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from steadynorm import layers, models
-from steadynorm.convert.classes import OURS, TORCHS, additions, is_ours, named, origin, own_class
+from steadynorm.convert.classes import OURS, TORCHS, additions, is_ours, named, origin
 from steadynorm.convert.foreign import is_frozen_batch_norm
 from steadynorm.errors import InputError
 from steadynorm.layers.batch import BatchNorm
@@ -15,6 +15,7 @@ from steadynorm.layers.frozen import FrozenBatchNorm2d
 from steadynorm.layers.rows import Rows
 from steadynorm.layers.switches import DEFAULTS
 from steadynorm.layers.sync import SyncBatchNorm
+from steadynorm.layers.weight.target import own_class
 
 Classes = dict[str, type[nn.Module]]
 EARLIER = "_earlier_classes"

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steadynorm import layers
 from steadynorm.convert.change import Change, Converted
-from steadynorm.convert.classes import own_class, set_class
 from steadynorm.deploy import flow, units
 from steadynorm.deploy.difference import Forward, OutputDifference, compare, default_tolerance, first_parting
 from steadynorm.deploy.folding import Folding, make_torchs
@@ -123,10 +122,6 @@ def _plain_copy(model: nn.Module) -> tuple[nn.Module, list[Converted]]:
         if parametrize.is_parametrized(module)
         for name in module.parametrizations
     ]
-    for module in plain.modules():
-        if parametrize.is_parametrized(module):
-            # torch's copy shares the class that holds the property, and what is taken off of one is off the other.
-            set_class(module, own_class(module))
     return layers.make_plain(plain), log
 
 

@@ -106,3 +106,17 @@ def test_a_weight_shared_by_two_paths_is_made_plain_once():
     before = model(x)
     assert torch.equal(make_plain(model)(x), before)
     assert model[0] is model[1]
+
+
+@pytest.mark.parametrize(
+    "apply", [weight_norm, spectral_norm, weight_standardization, torch.nn.utils.parametrizations.weight_norm]
+)
+def test_a_plain_copy_leaves_the_original_as_it_was(apply):
+    """copy.deepcopy gives both one class."""
+    model = nn.Sequential(apply(nn.Linear(3, 4))).eval()
+    x = torch.randn(2, 3)
+    before = model(x)
+    plain = make_plain(copy.deepcopy(model))
+    assert torch.equal(plain(x), before)
+    assert torch.equal(model(x), before)
+    assert torch.equal(make_plain(model)(x), before)

@@ -34,6 +34,9 @@ def make_plain(model: nn.Module) -> nn.Module:
     # All values first: one that cannot be computed leaves the model as it was.
     new = [_compute(module, name) for module in model.modules() for name in _parametrized(module)]
     old = [(module, hook, _parts(module, hook)) for module in model.modules() for hook in _old_hooks(module)]
+    for module in {id(computed.module): computed.module for computed in new}.values():
+        # A deepcopy shares the class that torch has made for the module, and removing takes properties off it.
+        target.set_class(module, target.own_class(module))
     for computed in new:
         parametrize.remove_parametrizations(computed.module, computed.name)
         target.forget_older(computed.module)

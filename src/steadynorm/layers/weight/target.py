@@ -102,3 +102,20 @@ def forget_older(module: nn.Module) -> None:
 def autocast_off(x: Tensor) -> torch.autocast:
     """A context in which products stay in the dtype of their factors."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def own_class(layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer, without what torch's parametrizations have put over it."""
+    cls = type(layer)
+    return cls.__bases__[0] if parametrize.is_parametrized(layer) else cls
+
+
+def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Make `layer` one of `cls`; what torch's parametrizations have put over its class goes over the new one."""
+    over = vars(type(layer)) if parametrize.is_parametrized(layer) else {}
+    layer.__class__ = cls
+    if over:
+        parametrize._inject_new_class(layer)
+        for name, value in over.items():
+            if isinstance(value, property) or name == "__deepcopy__":
+                setattr(type(layer), name, value)
