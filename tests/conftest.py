@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from steadynorm.kernels import numba_cpu
+
 hypothesis.settings.register_profile("project", deadline=None, max_examples=60, derandomize=True, database=None)
 hypothesis.settings.load_profile("project")
 
@@ -36,6 +38,8 @@ def _needs_a_rare_kernel(item: pytest.Item) -> bool:
     case = params.get("case")
     activation = getattr(case, "activation", params.get("activation"))
     dtype = getattr(case, "dtype", params.get("dtype", torch.float32))
+    if item.name.startswith("test_gradcheck"):
+        dtype = torch.float64
     if "sample" in item.path.name and isinstance(activation, str):
         # Four layouts, twice that with masks: one activation, without masks. test_numba_sample.py has the others.
         return activation != "relu" or getattr(case, "mask", None) is not None or dtype != torch.float32
@@ -57,6 +61,14 @@ def no_network() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", connect_nearby)
         yield
+
+
+@pytest.fixture(autouse=True)
+def double_is_for_oracles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What layers and training loops are tested with in float64 is not the kernels, which have tests of their own."""
+    if request.path.parent.name in ("layers", "training") and not request.node.get_closest_marker("slow"):
+        single = {dtype: name for dtype, name in numba_cpu.STORAGE.items() if dtype != torch.float64}
+        monkeypatch.setattr(numba_cpu, "STORAGE", single)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from steadynorm import kernels
 from steadynorm.errors import InputError
 from steadynorm.functional import Part, batch_norm, normalize_batch, normalize_together, update_running_
 from tests import cases, oracles
@@ -90,9 +91,8 @@ def inputs(activation, has_residual, is_masked):
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_gradcheck(activation, has_residual, is_masked):
     call, leaves = inputs(activation, has_residual, is_masked)
-    with torch.random.fork_rng():
-        assert gradcheck(call, leaves)
-        assert gradgradcheck(call, leaves)
+    assert gradcheck(call, leaves)
+    assert gradgradcheck(call, leaves)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
@@ -106,11 +106,12 @@ def test_second_order_is_that_of_one_batch(activation):
         first = torch.autograd.grad((torch.cat(ys) * v).square().sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum((g * g).sum() for g in first), leaves)
 
-    found = second_order(
-        normalize_together([Part(*p) for p in zip(xs, residuals, strict=True)], activation=activation)[0]
-    )
-    whole = normalize_batch(torch.cat(xs), residual=torch.cat(residuals), activation=activation)[0]
-    for gradient, expected in zip(found, second_order([whole]), strict=True):
+    with kernels.backend("reference"):  # a backward pass that is recorded runs on it anyway
+        parts = [Part(*p) for p in zip(xs, residuals, strict=True)]
+        found = second_order(normalize_together(parts, activation=activation)[0])
+        whole = normalize_batch(torch.cat(xs), residual=torch.cat(residuals), activation=activation)[0]
+        wanted = second_order([whole])
+    for gradient, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, expected)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from steadynorm import kernels
 from steadynorm.functional import batch_norm, normalize_batch, normalize_running
 
 
@@ -57,7 +58,8 @@ def test_jacrev_and_jacfwd_are_the_jacobian():
     def call(x):
         return normalize_batch(x, activation="gelu")[0]
 
-    expected = torch.autograd.functional.jacobian(call, x)
+    with kernels.backend("reference"):
+        expected = torch.autograd.functional.jacobian(call, x)
     torch.testing.assert_close(torch.func.jacrev(call)(x), expected)
     torch.testing.assert_close(torch.func.jacfwd(call)(x), expected)
 
