@@ -66,7 +66,9 @@ def no_network() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def double_is_for_oracles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What layers and training loops are tested with in float64 is not the kernels, which have tests of their own."""
-    if request.path.parent.name in ("layers", "training") and not request.node.get_closest_marker("slow"):
+    asks_for_kernels = "numba" in getattr(getattr(request.node, "callspec", None), "params", {}).values()
+    is_slow = request.node.get_closest_marker("slow") is not None
+    if request.path.parent.name in ("layers", "training") and not asks_for_kernels and not is_slow:
         single = {dtype: name for dtype, name in numba_cpu.STORAGE.items() if dtype != torch.float64}
         monkeypatch.setattr(numba_cpu, "STORAGE", single)
 
