@@ -11,8 +11,6 @@ those of the whole batch in float64 first; how far those of plain accumulation a
 import argparse
 import ctypes
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from benchmarks.models import UNet, our_norm, resnet18
-from benchmarks.saving import M_MMAP_THRESHOLD, resident
+from benchmarks.processes import M_MMAP_THRESHOLD, alone, resident
 from steadynorm import machine
 from steadynorm.lab.store import Store
 from steadynorm.report import Document, Table, terminal
@@ -111,15 +109,6 @@ def differences(name: str, batch: int, size: int) -> dict[str, float]:
     return apart
 
 
-def alone(*arguments: str) -> dict[str, Any]:
-    """One measurement in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.microbatch", *arguments], capture_output=True, text=True, check=True
-    )
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
-
 def main() -> None:
     """Read the command line, measure, write the rows, draw the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,10 +130,10 @@ def main() -> None:
     for name in MODELS if options.only == "all" else (options.only,):
         common = ["--only", name, "--threads", str(options.threads), "--measure"]
         common[2:2] = ["--batch", str(options.batch), "--size", str(options.size)]
-        measured = alone(*common, "times")
+        measured = alone("benchmarks.microbatch", *common, "times")
         whole = measured["whole batch"]["seconds"]
         for way in WAYS:
-            found = {**alone(*common, "memory", "--way", way), **measured[way]}
+            found = {**alone("benchmarks.microbatch", *common, "memory", "--way", way), **measured[way]}
             row = {"benchmark": "microbatch", "model": name, "batch": options.batch, "size": options.size, "way": way}
             store.append({**row, **found, "machine": machine.describe()})
             peaks = (f"{found['peak'] / 1e6:.0f}", f"{(found['peak'] - found['gradients']) / 1e6:.0f}")

@@ -12,8 +12,6 @@ import argparse
 import ctypes
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.models import Norm, TorchNorm, UNet, our_norm, resnet50
+from benchmarks.processes import M_MMAP_THRESHOLD, alone, resident
 from steadynorm import machine, recompute_outputs
 from steadynorm.lab.store import Store
 from steadynorm.layers import saving
@@ -33,8 +32,6 @@ from steadynorm.report import Document, Table, terminal
 
 ROUNDS = 5
 WAYS = ("torch", "ours", "recomputed")
-M_MMAP_THRESHOLD = -3
-STATUS = Path("/proc/self/status")
 
 
 MODELS: dict[str, tuple[Callable[[Norm], nn.Module], tuple[int, ...]]] = {
@@ -100,12 +97,6 @@ def storages_of(part: Any) -> Iterator[torch.UntypedStorage]:
             yield from storages_of(inner)
 
 
-def resident(key: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
-    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
 def memory(name: str, way: str, batch: int) -> dict[str, float]:
     """What one way saves, and by how much a step raises the peak of the resident memory."""
     # Blocks of 64 KiB go back to the system as soon as they are freed: what is resident is what is in use.
@@ -141,15 +132,6 @@ def times(name: str, batch: int) -> dict[str, float]:
     return {way: statistics.median(values) for way, values in seconds.items()}
 
 
-def apart(*arguments: str) -> dict[str, float]:
-    """One measurement in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.saving", *arguments], capture_output=True, text=True, check=True
-    )
-    result: dict[str, float] = json.loads(done.stdout)
-    return result
-
-
 def main() -> None:
     """Read the command line, measure, write the rows, draw the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,9 +151,9 @@ def main() -> None:
     store, lines = Store(options.out), []
     for name in MODELS if options.only == "all" else (options.only,):
         common = ("--only", name, "--batch", str(options.batch), "--threads", str(options.threads), "--measure")
-        seconds = apart(*common, "times")
+        seconds = alone("benchmarks.saving", *common, "times")
         for way in WAYS:
-            found = {**apart(*common, "memory", "--way", way), "seconds": seconds[way]}
+            found = {**alone("benchmarks.saving", *common, "memory", "--way", way), "seconds": seconds[way]}
             row = {"benchmark": "saving", "model": name, "batch": options.batch, "way": way, **found}
             store.append({**row, "machine": machine.describe()})
             megabytes = (f"{found[key] / 1e6:.0f}" for key in ("saved", "resident"))
