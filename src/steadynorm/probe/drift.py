@@ -211,8 +211,14 @@ def drifts(recalibration: Recalibration, stored: Stored, norms: dict[str, Norm])
             null=divergence(a, b, eps),
             mean_shift=float(((mean - data[0]).abs() / deviation).max()),
             variance_ratio=float(ratio[farthest]),
+            stored=_by_channel(mean, var),
+            measured=_by_channel(*data),
         )
     return found
+
+
+def _by_channel(mean: Tensor, var: Tensor) -> tuple[tuple[float, float], ...]:
+    return tuple(zip(mean.tolist(), var.tolist(), strict=True))
 
 
 def effects_of(

@@ -177,6 +177,7 @@ class Drift:
         mean_shift: largest difference of the means over channels, in deviations of the data.
         variance_ratio: stored over recalibrated variance, of the channel where it is farthest from 1.
         effect: of this layer's stored statistics alone, all other stale layers recalibrated before and after.
+        stored, measured: (mean, variance) of every channel, as stored and of the data.
     """
 
     path: str
@@ -185,6 +186,8 @@ class Drift:
     mean_shift: float
     variance_ratio: float
     effect: Effect | None = None
+    stored: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+    measured: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
     @property
     def is_beyond_chance(self) -> bool:
