@@ -14,8 +14,13 @@ WARNING_GAIN, ERROR_GAIN = 0.05, 0.25
 WARNING_DISTANCE, ERROR_DISTANCE = 0.05, 0.25
 
 
-def as_evidence(effect: Effect, before: str = "as stored", after: str = "recalibrated") -> dict[str, float | int | str]:
-    """The numbers of an effect by name; `before` and `after` are what its two sides are called."""
+AS_STORED, RECALIBRATED = "as stored", "recalibrated"
+CONSEQUENCE = "consequence"
+"""The entry of an evidence that `examine` moves to `Finding.consequence`."""
+
+
+def as_evidence(effect: Effect, before: str = AS_STORED, after: str = RECALIBRATED) -> dict[str, float | int | str]:
+    """The numbers of an effect by name, and what they mean; `before` and `after` are what its two sides are called."""
     what = "change of the output, in deviations" if effect.changed is None else "change of the class probabilities"
     named: dict[str, float | int | str] = {"samples": effect.samples, what: effect.distance}
     if effect.null is not None:
@@ -25,7 +30,17 @@ def as_evidence(effect: Effect, before: str = "as stored", after: str = "recalib
     for name, pair in (("loss", effect.loss), (effect.metric_name, effect.metric)):
         if pair is not None:
             named |= {f"{name}, {before}": pair[0], f"{name}, {after}": pair[1]}
+    named[CONSEQUENCE] = _consequence(effect, before, after)
     return named
+
+
+def _consequence(effect: Effect, before: str, after: str) -> str:
+    """What an effect means for the results, in a sentence."""
+    refreshed = (before, after) == (AS_STORED, RECALIBRATED)
+    how = "when this layer's statistics are refreshed" if refreshed else f"{after} instead of {before}"
+    if effect.changed is not None:
+        return f"{effect.changed:.0%} of predictions change {how}."
+    return f"The output changes by {effect.distance:.2g} of its deviation {how}."
 
 
 def in_words(effect: Effect, how: str = "with recalibrated ones") -> str:

@@ -7,23 +7,45 @@ from torch import nn
 
 from steadynorm import recipe as recipes
 from steadynorm.doctor.diagnosis import Diagnosis, Judgement
-from steadynorm.doctor.finding import SEVERITIES
-from steadynorm.doctor.rules import RULES, Rule, code_of
+from steadynorm.doctor.evidence import CONSEQUENCE
+from steadynorm.doctor.finding import SEVERITIES, Finding
+from steadynorm.doctor.pages import why_of
+from steadynorm.doctor.rules import RULES, Rule, code_of, is_on
+from steadynorm.doctor.source import locate, locate_piece
 from steadynorm.errors import InputError, RecipeError
-from steadynorm.probe import COST_BATCH_SIZE, COSTS, Loss, Metrics, Progress, Source, observe, stages
+from steadynorm.probe import (
+    AT_REST,
+    COST_BATCH_SIZE,
+    COSTS,
+    PARTS,
+    Facts,
+    Loss,
+    Metrics,
+    Optimizers,
+    Progress,
+    Source,
+    Step,
+    observe,
+    stages,
+)
 from steadynorm.recipe import Recipe, call, seeded
 
 # Enough for the running statistics to settle with a momentum of 0.1, and for digits to be told apart (0.99).
 TRAINING_STEPS = 100
+NO_BATCHES = "no batches were given"
+# The function of a recipe that a finding about no module points at, by the topic of its code; else model().
+PIECES = {"SN002": "batches", "SN4": "batches", "SN7": "optimizer"}
 
 
 def examine(
     model: nn.Module,
-    batches: Source,
+    batches: Source | None = None,
     *,
     train_batches: Source | None = None,
     loss: Loss | None = None,
     metrics: Metrics | None = None,
+    optimizer: Optimizers | None = None,
+    step: Step | None = None,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
     on_progress: Progress | None = None,
@@ -32,11 +54,15 @@ def examine(
 
     Args:
         batches: of evaluation data, or a function that gives them. A batch is `inputs` or `(inputs, target, ...)`, as
-            in a recipe.
+            in a recipe. Without it nothing is run: what is stored is looked at, in a moment, and the rest is listed as
+            not checked.
         train_batches: of training data; without them the rules about training are listed as not checked.
         loss: (output, batch) to a scalar. Without it, effects are told as changes of the output.
         metrics: (output, batch) to {name: number}, higher is better; the first one is used.
-        select: codes, or beginnings of codes, of the rules to check; none is all.
+        optimizer: over the model's parameters, or a function that makes one from the list of those that take a gradient.
+        step: (model, batch), a training step of your own, looked at in place of forward, loss, backward and optimizer.
+            The model, other networks and the optimizers that it calls are put back; what else it counts is not.
+        select: codes, or beginnings of codes, of the rules to check; none is all but those that are off by default.
         ignore: codes, or beginnings of codes, of rules to leave out.
         on_progress: called with how much is done, and of how much.
 
@@ -47,15 +73,19 @@ def examine(
     needed = {part for rule in rules for part in rule.needs}
     facts = observe(
         model,
-        batches,
+        batches if batches is not None else (),
         forward=call,
-        train_batches=train_batches,
+        train_batches=train_batches if batches is not None else None,
         loss=loss,
         metrics=metrics,
-        parts=needed,
+        optimizer=optimizer,
+        step=step,
+        parts=needed if batches is not None else needed & AT_REST,
         on_progress=on_progress,
     )
-    found = {code_of(rule): tuple(rule.check(facts)) for rule in rules}
+    if batches is None:
+        facts = replace(facts, skipped={**dict.fromkeys(set(PARTS) - AT_REST, NO_BATCHES), **facts.skipped})
+    found = {code_of(rule): _checked(rule, facts, model) for rule in rules}
     unchecked = {}
     for rule in rules:
         missing = [facts.skipped[part] for part in rule.needs if part in facts.skipped]
@@ -72,6 +102,26 @@ def examine(
     )
 
 
+def _checked(rule: Rule, facts: Facts, model: nn.Module) -> tuple[Finding, ...]:
+    """What a rule finds, with the lines of code, the consequence and the cause that the rule itself does not know."""
+    if all(facts.skipped.get(part) == NO_BATCHES for part in rule.needs):
+        return ()
+    found = []
+    for finding in rule.check(facts):
+        evidence = dict(finding.evidence)
+        consequence = str(evidence.pop(CONSEQUENCE, ""))
+        found.append(
+            replace(
+                finding,
+                evidence=evidence,
+                consequence=finding.consequence or consequence,
+                cause=finding.cause or why_of(rule),
+                source=finding.source or (locate(model, finding.where) if finding.where else None),
+            )
+        )
+    return tuple(found)
+
+
 def _selected(select: Sequence[str], ignore: Sequence[str]) -> tuple[Rule, ...]:
     codes = [code_of(rule) for rule in RULES]
     for prefix in (*select, *ignore):
@@ -81,7 +131,7 @@ def _selected(select: Sequence[str], ignore: Sequence[str]) -> tuple[Rule, ...]:
     def fits(code: str, prefixes: Sequence[str]) -> bool:
         return any(code.startswith(prefix.upper()) for prefix in prefixes)
 
-    chosen = [rule for rule in RULES if not select or fits(code_of(rule), select)]
+    chosen = [rule for rule in RULES if (fits(code_of(rule), select) if select else is_on(rule))]
     chosen = [rule for rule in chosen if not fits(code_of(rule), ignore)]
     if not chosen:
         raise InputError("no rule is left: select and ignore exclude each other.")
@@ -94,6 +144,7 @@ def examine_recipe(
     batch_size: int = 32,
     steps: int = TRAINING_STEPS,
     seed: int = 0,
+    quick: bool = False,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
     on_progress: Progress | None = None,
@@ -106,6 +157,7 @@ def examine_recipe(
         batch_size: of the training and of all batches that are looked at.
         steps: of the brief training.
         seed: of the model, the training and the training batches.
+        quick: make the model and look at what it has stored, run nothing.
     """
     advance = on_progress or (lambda done, total: None)
     needed = {part for rule in _selected(select, ignore) for part in rule.needs}
@@ -115,6 +167,9 @@ def examine_recipe(
     total = training + looking
     with seeded(seed):
         model = recipe.model()
+    if quick:
+        found = examine(model, select=select, ignore=ignore, on_progress=on_progress)
+        return model, _of_recipe(found, recipe, ("Quick: the model was made and looked at, and nothing was run.",))
     remarks = []
     if not recipe.has_weights:
         remarks.append(
@@ -122,17 +177,28 @@ def examine_recipe(
                 model, recipe, batch_size, steps, seed, lambda step, _: advance(round(training * step / steps), total)
             )
         )
+    make = recipe.optimizer
     diagnosis = examine(
         model,
         lambda: recipe.batches("test", batch_size, 0),
         train_batches=lambda: recipe.batches("train", batch_size, seed),
         loss=recipe.loss,
         metrics=recipe.metrics,
+        optimizer=None if make is None else lambda parameters: make(parameters, recipe.lr),
         select=select,
         ignore=ignore,
         on_progress=lambda done, _: advance(training + done, total),
     )
-    return model, replace(diagnosis, remarks=tuple(remarks), title=f"Diagnosis of {recipe.name}")
+    return model, _of_recipe(diagnosis, recipe, tuple(remarks))
+
+
+def _of_recipe(diagnosis: Diagnosis, recipe: Recipe, remarks: tuple[str, ...]) -> Diagnosis:
+    """The diagnosis under the name of the recipe; findings without a line of code point at a function of the recipe."""
+    findings = []
+    for finding in diagnosis.findings:
+        piece = next((name for code, name in PIECES.items() if finding.code.startswith(code)), "model")
+        findings.append(replace(finding, source=finding.source or locate_piece(recipe, piece)))
+    return replace(diagnosis, findings=tuple(findings), remarks=remarks, title=f"Diagnosis of {recipe.name}")
 
 
 def _trained(

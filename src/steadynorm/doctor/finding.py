@@ -16,6 +16,14 @@ Apply = Callable[[nn.Module, Sequence[tuple[str, ...]], Iterable[Any]], None]
 
 
 @dataclass(frozen=True)
+class Location:
+    """A line of the user's code; `file` is absolute."""
+
+    file: str
+    line: int
+
+
+@dataclass(frozen=True)
 class Fix:
     """What to do about a finding.
 
@@ -43,6 +51,10 @@ class Finding:
         where: dotted path of the module; empty is the whole model or its data.
         message: one sentence, in the terms of the model's user.
         evidence: what was measured, by name.
+        consequence: what it does to the results, in a sentence, where that was measured; `examine` reads it off the
+            evidence where a rule leaves it out.
+        cause: where it comes from; `examine` takes it from the page of the rule where a rule leaves it out.
+        source: the line that makes the module, where it is known.
     """
 
     code: str
@@ -52,3 +64,6 @@ class Finding:
     message: str
     evidence: Mapping[str, float | int | str] = field(default_factory=dict)
     fix: Fix | None = None
+    consequence: str = ""
+    cause: str = ""
+    source: Location | None = None
