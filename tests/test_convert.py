@@ -443,7 +443,31 @@ def test_frozen_batch_norms_of_torchvision_become_ours_and_come_back():
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_one_of_that_name_that_computes_something_else_is_left_and_named():
+def test_one_that_hides_its_eps_is_converted_with_the_one_it_computes_with():
+    """Those of Hugging Face have it in the code."""
+
+    class Hidden(nn.Module):
+        def __init__(self, features):
+            super().__init__()
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, torch.rand(features) + 0.5)
+
+        def forward(self, x):
+            scale = (self.weight * (self.running_var + 3e-3).rsqrt()).reshape(1, -1, 1, 1)
+            return x * scale + (self.bias.reshape(1, -1, 1, 1) - self.running_mean.reshape(1, -1, 1, 1) * scale)
+
+    model, x = nn.Sequential(Hidden(3)), torch.randn(2, 3, 4, 4)
+    expected, before = model(x), identities(model)
+    for there in ("steadynorm", "frozen"):
+        convert_(model, there)
+        assert type(model[0]) is layers.FrozenBatchNorm2d
+        assert model[0].eps == 3e-3
+        torch.testing.assert_close(model(x), expected)
+        convert_(model, "torch")
+        assert identities(model) == before
+
+
+def test_one_that_shows_another_eps_than_it_computes_with():
     class Other(FrozenBatchNorm2d):
         def forward(self, x):
             self.eps, eps = 0.5, self.eps
@@ -451,11 +475,45 @@ def test_one_of_that_name_that_computes_something_else_is_left_and_named():
             self.eps = eps
             return y
 
-    Other.__name__ = "FrozenBatchNorm2d"
-    model = nn.Sequential(Other(3), nn.BatchNorm2d(3))
-    change = convert_(model, "steadynorm")
+    model, x = nn.Sequential(Other(3)), torch.randn(2, 3, 4, 4)
+    expected = model(x)
+    convert_(model, "steadynorm")
+    assert model[0].eps == 0.5
+    torch.testing.assert_close(model(x), expected)
+    convert_(model, "torch")
     assert type(model[0]) is Other
+    assert model[0].eps == 1e-5
+    torch.testing.assert_close(model(x), expected)
+
+
+class Doubles(FrozenBatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Leaks(FrozenBatchNorm2d):
+    """Right in evaluation, not in training."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.01 * self.training
+
+
+class Moves(FrozenBatchNorm2d):
+    def forward(self, x):
+        y = super().forward(x)
+        self.running_mean += 0.1
+        return y
+
+
+@pytest.mark.parametrize("kind", [Doubles, Leaks, Moves])
+def test_what_computes_something_else_is_left_and_named_or_refused(kind):
+    model = nn.Sequential(kind(3), nn.BatchNorm2d(3))
+    before = identities(model)
+    change = convert_(model, "steadynorm", leave="1")
     assert list(change.left) == ["0"]
+    with pytest.raises(InputError, match=rf"\n0 is a .*{kind.__name__}, which .*what a frozen|changes its statistics"):
+        convert_(model, "frozen")
+    assert identities(model) == before
 
 
 def test_lazy_layers_become_ours_when_they_are_made():

@@ -2,31 +2,49 @@
 
 Our layers are subclasses of torch.nn's with the same parameters and buffers. So a layer is converted by changing its
 class: the object stays, and with it every path and alias that leads to it, its tensors, hooks, mode and attributes,
-and whatever holds on to these: optimizers, DDP, averages.
+and whatever holds on to these: optimizers, DDP, averages. Relatives that normalise by something else go through the
+same door: what they do not have is taken off, and said.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 from torch import nn
+from torch.optim import Optimizer
 
 from steadynorm import models
 from steadynorm.convert.become import become, snapshot
 from steadynorm.convert.change import Change, Converted
 from steadynorm.convert.classes import is_ours, named
-from steadynorm.convert.targets import BY_DIMS, Rule, to_batch, to_steadynorm, to_sync, to_torch
+from steadynorm.convert.effect import Effect, Examples, Forward, Loss, effect
+from steadynorm.convert.holders import ensure_not_awaited, ensure_of, remembered, take_out_
+from steadynorm.convert.relatives import RELATIVES, Wish, to_relative
+from steadynorm.convert.targets import Plan, Rule, to_batch, to_steadynorm, to_sync, to_torch
+from steadynorm.convert.unseen import norms, paths, unseen
 from steadynorm.errors import InputError
+from steadynorm.layers.renorm import Limits
 from steadynorm.layers.weight.target import own_class
 from steadynorm.ranks import require_group
 from steadynorm.selection import Selection, select
 
-__all__ = ["Change", "Converted", "Target", "convert_"]
+__all__ = ["Change", "Converted", "Effect", "Target", "convert_"]
 
-# Of a module: what named_modules has been through, and hooks, which belong to no model.
-PLACES = {name for name in vars(nn.Module()) if name.startswith("_")}
 UNKNOWN = "a normalization that is not of torch.nn's family"
-UNSEEN = "not among the modules of the model, where .to() and state_dict() would see it"
-Target = Literal["steadynorm", "torch", "sync", "batch"]
+Target = Literal[
+    "steadynorm",
+    "torch",
+    "sync",
+    "batch",
+    "frozen",
+    "ghost",
+    "renorm",
+    "group",
+    "instance",
+    "layer",
+    "channel_layer",
+    "none",
+]
 
 
 def convert_(
@@ -35,61 +53,101 @@ def convert_(
     *,
     only: Selection | None = None,
     leave: Selection | None = None,
+    batches: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    forward: Forward | None = None,
+    optimizer: Optimizer | None = None,
     process_group: Any = None,
     dims: Literal[1, 2, 3] | None = None,
+    ghost_size: int | None = None,
+    limits: tuple[float, float] | Limits | None = None,
+    groups: int | None = None,
 ) -> Change:
     """Make the normalizations of `model` others, in place: the same modules, tensors, hooks and aliases.
 
-    There and back again is the identity. A layer that something would be lost of is refused, and then no layer is
-    changed.
+    A layer that something would be lost of is refused, and then no layer is changed.
 
     Args:
         model: changed in place; for a changed copy give ``copy.deepcopy(model)``.
         to: "steadynorm": every normalization of torch.nn becomes ours of its name. "torch": ours become torch.nn's.
-            "sync": BatchNorm1d, 2d and 3d, torch's or ours, and torch's SyncBatchNorm become our SyncBatchNorm.
-            "batch": a SyncBatchNorm, torch's or ours, becomes the batch norm that it was before it was converted.
+            Batch norms, torch's, ours and synchronised ones, become "sync": our SyncBatchNorm; "ghost", "renorm",
+            "frozen": ours of that name; "group": our GroupNorm; "layer": one with a single group, the statistics of a
+            sample; "channel_layer": our ChannelLayerNorm, those of a position; "instance": our InstanceNorm; "none":
+            an Identity. "batch": what was made synchronised, ghost, renorm or frozen becomes the batch norm it was.
         only, leave: which layers, and which not: a pattern for paths (``"backbone"`` is all that is inside, ``*`` any
             characters), a class, several of them, or a function of path and layer.
-        process_group: with "sync", whose batches are one; None is all ranks, or what torch's layer had.
-        dims: with "batch", the dimensions behind N and C of a SyncBatchNorm that was none other before.
+        batches: examples, kept in memory, that run before and after the conversion, in evaluation. What it did to the
+            outputs is then the `difference` of the change.
+        loss: called as loss(output, batch); with batches, it is measured before and after.
+        forward: called as forward(model, batch), in place of model(batch), model(*args) or model(**dict).
+        optimizer: one that holds parameters of the model. Those that the model has no more, to "frozen" or "none", are
+            taken out of it, with their state. Without it they stay there, and never get a gradient.
+        process_group: to "sync", whose batches are one; None is all ranks, or what torch's layer had.
+        dims: of a SyncBatchNorm that was none other before, the dimensions behind N and C.
+        ghost_size: to "ghost", the samples of a slice; see `GhostBatchNorm2d`.
+        limits: to "renorm"; see `BatchRenorm2d`.
+        groups: to "group", how many; by default the largest number up to 32 that divides the channels and leaves 4 in
+            each.
 
     Returns: what was done; `print` it.
 
     Raises:
         InputError: a layer cannot be converted, with its path and what would be lost. The model is as it was.
     """
-    rule = _rule(to, process_group, dims)
-    layers = select(_norms(model), only, "convert_(only=)", "normalization")
-    left_out = {id(layer) for _, layer in select(_norms(model), leave, "convert_(leave=)", "normalization")}
-    if leave is not None:
-        layers = [(path, layer) for path, layer in layers if id(layer) not in left_out]
-    paths = _paths(model)
-    log = _convert(layers, rule, paths, f"convert_ to {to!r}")
-    return Change(model, tuple(log), _left(model, rule, paths))
+    wish = Wish(to, dims, ghost_size, limits, groups)
+    rule = _rule(wish, process_group)
+    layers = _chosen(model, only, leave)
+    known = paths(model)
+    examples = None if batches is None else Examples(batches, forward, loss)
+    if examples is None and loss is not None:
+        raise InputError("convert_ got a loss= and no batches= to measure it on.")
+    if optimizer is not None:
+        ensure_of(model, optimizer)
+    what = f"convert_ to {to!r}"
+    plans = _plans(layers, rule, what)
+    leaving = [path for path, layer, plan in plans if {*plan.constants, *plan.gone} & {*layer._parameters}]
+    ensure_not_awaited(model, leaving, what)
+    before = None if examples is None else examples.run(model)
+    with _restored(model, plans, optimizer, examples is not None):
+        log = _carry_out(plans, known, optimizer, what)
+        after = None if examples is None else examples.run(model)
+    difference = None if before is None or after is None else effect(before, after)
+    return Change(model, tuple(log), _left(model, rule, known), difference=difference)
 
 
-def _rule(to: str, process_group: Any, dims: int | None) -> Rule:
+def _rule(wish: Wish, process_group: Any) -> Rule:
+    to = wish.to
     if to not in get_args(Target):
         raise InputError(f"convert_ got to={to!r}, expected one of {', '.join(map(repr, get_args(Target)))}.")
     if process_group is not None and to != "sync":
         raise InputError(f"convert_ got process_group= to {to!r}: only SyncBatchNorm, to 'sync', has one.")
-    if dims is not None and (to != "batch" or dims not in BY_DIMS):
-        raise InputError(f"convert_ got dims={dims!r} to {to!r}, expected 1, 2 or 3, to 'batch'.")
+    wish.check()
     if process_group is not None:
         require_group(process_group, "convert_")
+    if to in RELATIVES:
+        return to_relative(wish)
     rules: dict[str, Rule] = {
         "steadynorm": to_steadynorm,
         "torch": to_torch,
         "sync": to_sync(process_group),
-        "batch": to_batch(dims),
+        "batch": to_batch(wish.dims),
     }
     return rules[to]
 
 
-def _convert(
-    layers: list[tuple[str, nn.Module]], rule: Rule, paths: dict[int, list[str]], what: str
-) -> list[Converted]:
-    """All of `layers` that the rule has a plan for, or none."""
+def _chosen(model: nn.Module, only: Selection | None, leave: Selection | None) -> list[tuple[str, nn.Module]]:
+    layers = select(norms(model), only, "convert_(only=)", "normalization")
+    if leave is None:
+        return layers
+    left_out = {id(layer) for _, layer in select(norms(model), leave, "convert_(leave=)", "normalization")}
+    return [(path, layer) for path, layer in layers if id(layer) not in left_out]
+
+
+Planned = list[tuple[str, nn.Module, Plan]]
+
+
+def _plans(layers: list[tuple[str, nn.Module]], rule: Rule, what: str) -> Planned:
+    """A plan for every layer that the rule has one for, or an InputError with every layer that it refuses."""
     refusals, plans = [], []
     for path, layer in layers:
         try:
@@ -98,22 +156,41 @@ def _convert(
             refusals.append((path, str(refusal)))
         else:
             plans += [(path, layer, plan)] if plan is not None else []
-    log, restores = [], [snapshot(layer) for _, layer, _ in plans]
+    if refusals:
+        raise InputError(_about(refusals, what))
+    return plans
+
+
+@contextmanager
+def _restored(model: nn.Module, plans: Planned, optimizer: Optimizer | None, has_run: bool) -> Iterator[None]:
+    """Put model and optimizer back as they are now, if something goes wrong."""
+    restores = [snapshot(layer) for _, layer, _ in plans]
+    restores += [] if optimizer is None else [remembered(optimizer)]
+    restores += [models.remember(model)] if has_run else []
     try:
-        for path, layer, plan in plans:
-            before = named(own_class(layer))
-            try:
-                note = become(layer, plan)
-            except InputError as refusal:
-                refusals.append((path, str(refusal)))
-            else:
-                log.append(Converted(tuple(paths[id(layer)]), before, named(own_class(layer)), note))
-        if refusals:
-            raise InputError(_about(refusals, what))
+        yield
     except BaseException:
         for restore in restores:
             restore()
         raise
+
+
+def _carry_out(plans: Planned, known: dict[int, list[str]], optimizer: Optimizer | None, what: str) -> list[Converted]:
+    refusals, log = [], []
+    for path, layer, plan in plans:
+        before = named(own_class(layer))
+        held = dict(layer._parameters)
+        try:
+            notes = [become(layer, plan)]
+        except InputError as refusal:
+            refusals.append((path, str(refusal)))
+            continue
+        if optimizer is not None:
+            left = [one for name, one in held.items() if one is not None and name not in layer._parameters]
+            notes += ["taken out of the optimizer"] if take_out_(optimizer, left) else []
+        log.append(Converted(tuple(known[id(layer)]), before, named(own_class(layer)), "; ".join(filter(None, notes))))
+    if refusals:
+        raise InputError(_about(refusals, what))
     return log
 
 
@@ -123,57 +200,11 @@ def _about(refusals: list[tuple[str, str]], what: str) -> str:
     return f"{what} cannot take {which}, and nothing was changed; leave= leaves a layer out.\n" + "\n".join(lines)
 
 
-def _norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The normalizations of torch.nn's family and ours, under every path that leads to them."""
-    return [(path, one) for path, one in model.named_modules(remove_duplicate=False) if _is_norm(one)]
-
-
-def _is_norm(module: nn.Module) -> bool:
-    # Statistics by domain or step, which are ours, are of no one kind.
-    return models.norm_kind(module) is not None or is_ours(own_class(module))
-
-
-def _paths(model: nn.Module) -> dict[int, list[str]]:
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(path)
-    return paths
-
-
-def _left(model: nn.Module, rule: Rule, paths: dict[int, list[str]]) -> dict[str, str]:
-    """What the rule would change if it were one of the model's modules: held in a plain list, dict or attribute."""
+def _left(model: nn.Module, rule: Rule, known: dict[int, list[str]]) -> dict[str, str]:
     left: dict[str, str] = {}
     if rule is to_steadynorm:
         foreign = (
-            path for path, norm in _norms(model) if models.norm_kind(norm) == "frozen" and not is_ours(type(norm))
+            path for path, norm in norms(model) if models.norm_kind(norm) == "frozen" and not is_ours(own_class(norm))
         )
         left |= dict.fromkeys(foreign, UNKNOWN)
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if name in PLACES:
-                continue
-            for where, held in _held(value, ".".join(filter(None, (path, name))), set()):
-                left |= {
-                    ".".join(filter(None, (where, inner))): UNSEEN
-                    for inner, norm in held.named_modules()
-                    if id(norm) not in paths and _is_norm(norm) and _applies(rule, norm)
-                }
-    return left
-
-
-def _held(value: Any, where: str, seen: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in a plain attribute, also inside of lists, tuples, sets and dicts."""
-    if isinstance(value, nn.Module):
-        yield where, value
-    elif isinstance(value, list | tuple | set | frozenset | dict) and id(value) not in seen:
-        seen.add(id(value))
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            yield from _held(item, f"{where}[{key!r}]", seen)
-
-
-def _applies(rule: Rule, norm: nn.Module) -> bool:
-    try:
-        return rule(norm) is not None
-    except InputError:
-        return True
+    return left | unseen(model, rule, known)
