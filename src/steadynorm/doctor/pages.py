@@ -66,6 +66,11 @@ def why_of(rule: Rule) -> str:
     return re.split(r"(?<=[a-z0-9)`\"]\.)\s", page_of(rule).why, maxsplit=1)[0]
 
 
+def advice_for(code: str) -> str:
+    """The one sentence of the rule with this code; empty if there is none."""
+    return next((advice_of(rule) for rule in RULES if code_of(rule) == code), "")
+
+
 def markdown(rule: Rule) -> str:
     """The page of a rule as Markdown."""
     page = page_of(rule)

@@ -91,3 +91,15 @@ def _makes(node: ast.AST, name: str) -> bool:
         first = node.args[0] if node.args else None
         return isinstance(first, ast.Constant) and first.value == name
     return False
+
+
+def shown_file(place: Location) -> str:
+    """The file of a place as people and annotations name it: from the current folder, with forward slashes."""
+    path = Path(place.file)
+    here = Path.cwd()
+    return (path.relative_to(here) if path.is_relative_to(here) else path).as_posix()
+
+
+def line_of(place: Location) -> str:
+    """A place as ``model.py:12``."""
+    return f"{shown_file(place)}:{place.line}"

@@ -94,7 +94,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Series over one pair of axes, as lines or as bars.
+    """Series over one pair of axes, as lines, as bars, or as points beside the line on which both axes are equal.
 
     Args:
         note: below the chart, in words that hold for every renderer.
@@ -108,7 +108,7 @@ class Chart:
     x_label: str
     y_label: str
     series: Sequence[Series]
-    kind: Literal["line", "bar"] = "line"
+    kind: Literal["line", "bar", "scatter"] = "line"
     log_x: bool = False
     note: str = ""
     spread: str = ""
@@ -144,6 +144,8 @@ class Card:
         where: dotted module path.
         text: the finding in a sentence or two.
         details: (label, value) pairs, the measured evidence.
+        cause: where it comes from, or empty.
+        source: the line of code behind `where`, "model.py:12", or empty.
         fix: what to do, or empty.
     """
 
@@ -154,9 +156,37 @@ class Card:
     text: str
     details: Sequence[tuple[str, Cell]] = ()
     fix: str = ""
+    cause: str = ""
+    source: str = ""
 
 
-Block = Heading | Paragraph | Table | Chart | Card | Code
+@dataclass(frozen=True)
+class Entry:
+    """One of the things that `Parts` lists; without blocks it is a name in the list and nothing more.
+
+    Args:
+        title: its name, a dotted module path.
+        note: beside the name, a few words.
+        status: the worst of what is in it; None where nothing was looked for.
+        blocks: what is shown of it.
+    """
+
+    title: str
+    note: str = ""
+    status: Status | None = None
+    blocks: "Sequence[Heading | Paragraph | Table | Chart | Card | Code]" = ()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Entries with a list of them beside: the layers of a network."""
+
+    title: str
+    entries: Sequence[Entry]
+    note: str = ""
+
+
+Block = Heading | Paragraph | Table | Chart | Card | Code | Parts
 
 
 @dataclass(frozen=True)

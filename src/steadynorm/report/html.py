@@ -18,7 +18,7 @@ try:
 except ImportError as error:
     raise ImportError("HTML reports need jinja2 and plotly, the extra [report]: pip install jinja2 plotly") from error
 
-from steadynorm.report.document import Block, Chart, Document, Table, drawn_columns, is_value, text_of
+from steadynorm.report.document import Block, Chart, Document, Parts, Table, drawn_columns, is_value, text_of
 
 # A table with more columns than this gets the whole width instead of a place beside a chart.
 NARROW_TABLE = 5
@@ -37,9 +37,11 @@ def render(documents: Sequence[Document], title: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters["text"] = text_of
+    environment.filters["anchor"] = lambda text: "-".join(text.lower().split())
     environment.globals["table_of"] = _table
     environment.globals["chart_data"] = _chart_data
-    has_charts = any(isinstance(block, Chart) for document in documents for block in document.blocks)
+    environment.globals["rows_in"] = lambda blocks: list(_rows(blocks))
+    has_charts = any(isinstance(block, Chart) for document in documents for block in _flat(document.blocks))
     scripts = [str(get_plotlyjs()), _asset("page.js")] if has_charts else []
     shared = _shared_facts(documents)
     return environment.get_template("page.html").render(
@@ -50,6 +52,14 @@ def render(documents: Sequence[Document], title: str) -> str:
         scripts=[Markup(script) for script in scripts],
         hashes=[_hash(script) for script in scripts],
     )
+
+
+def _flat(blocks: Sequence[Block]) -> Iterator[Block]:
+    for block in blocks:
+        yield block
+        if isinstance(block, Parts):
+            for entry in block.entries:
+                yield from entry.blocks
 
 
 def _asset(name: str) -> str:

@@ -5,6 +5,8 @@
   const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "x", "cross"];
   const MOST_TICKS = 12;
   const BAR_HEIGHT = 30; // pixels
+  const LETTER = 9; // pixels of a letter of an axis title, and
+  const BESIDE = 150; // of what stands to the left of an axis
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
@@ -23,9 +25,22 @@
     if (chart.kind === "bar") {
       return { ...drawn, type: "bar", orientation: lying ? "h" : "v", marker: { color } };
     }
+    if (chart.kind === "scatter") {
+      const marker = { color, size: 7, opacity: 0.8, symbol: SYMBOLS[index % SYMBOLS.length] };
+      return { ...drawn, type: "scatter", mode: "markers", marker };
+    }
     // Dashes and symbols differ too: colour alone does not reach everyone.
     const line = { color, width: 2.5, dash: DASHES[index % DASHES.length] };
     return { ...drawn, type: "scatter", mode: "lines+markers", line, marker: { color, size: 8, symbol: SYMBOLS[index % SYMBOLS.length] } };
+  }
+
+  // Plotly cuts off a title that is longer than its axis.
+  function folded(text, pixels) {
+    const most = Math.max(12, Math.floor(pixels / LETTER));
+    return text.split(" ").reduce((lines, word) => {
+      const longer = `${lines.at(-1)} ${word}`.trim();
+      return longer.length > most ? [...lines, word] : [...lines.slice(0, -1), longer];
+    }, [""]).join("<br>");
   }
 
   function xAxis(chart) {
@@ -36,13 +51,23 @@
     return !words && values.length <= MOST_TICKS ? { ...axis, tickvals: values, ticktext: values.map(String) } : axis;
   }
 
+  // The line on which both axes are equal, from the least value to the greatest.
+  function diagonal(chart) {
+    const values = chart.series.flatMap((series) => [...series.x, ...series.y]).filter((value) => value !== null);
+    const ends = [Math.min(...values), Math.max(...values)];
+    return { x: ends, y: ends, type: "scatter", mode: "lines", hoverinfo: "skip", showlegend: false, line: { color: colour("--soft"), width: 1, dash: "dot" } };
+  }
+
   function draw(element) {
     const chart = JSON.parse(element.dataset.chart);
     const palette = colour("--series").split(",").map((one) => one.trim());
     const axis = { gridcolor: colour("--line"), linecolor: colour("--soft"), zeroline: false, automargin: true };
     const lying = isLying(chart);
     const along = { ...axis, ...xAxis(chart) };
-    const up = { ...axis, title: { text: chart.yLabel } };
+    const across = lying ? chart.yLabel : chart.xLabel;
+    const title = { text: folded(across, element.clientWidth - BESIDE) };
+    const up = { ...axis, title: lying ? title : { text: chart.yLabel } };
+    if (!lying) along.title = title;
     if (lying) {
       const bars = chart.series.length * chart.series[0].x.length;
       element.style.height = `${BAR_HEIGHT * bars + 90}px`;
@@ -57,15 +82,41 @@
       bargap: 0.35,
       showlegend: chart.series.length > 1,
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
-      hovermode: chart.kind === "bar" ? "closest" : "x unified",
+      hovermode: chart.kind === "line" ? "x unified" : "closest",
       hoverlabel: { bgcolor: colour("--paper"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
     };
     const traces = chart.series.map((series, index) => trace(series, index, chart, palette));
+    if (chart.kind === "scatter") traces.unshift(diagonal(chart));
+    element.dataset.drawn = "";
     return Plotly.react(element, traces, layout, { responsive: true, displaylogo: false, displayModeBar: false });
   }
 
-  const drawAll = () => document.querySelectorAll(".chart").forEach(draw);
-  drawAll();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
-  addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((each) => (each.open = true)));
+  // A network may have hundreds of charts: those of its layers are drawn when they come into view.
+  const isLater = (element) => element.closest(".parts") !== null && "IntersectionObserver" in window;
+  const seen = new IntersectionObserver(
+    (entries) =>
+      entries.filter((entry) => entry.isIntersecting).forEach((entry) => {
+        seen.unobserve(entry.target);
+        draw(entry.target);
+      }),
+    { rootMargin: "400px" },
+  );
+  const charts = [...document.querySelectorAll(".chart")];
+  charts.forEach((element) => (isLater(element) ? seen.observe(element) : draw(element)));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
+    charts.filter((element) => "drawn" in element.dataset).forEach(draw),
+  );
+  const open = () => {
+    const part = location.hash.startsWith("#") && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (part instanceof HTMLDetailsElement) {
+      part.open = true;
+      part.scrollIntoView();
+    }
+  };
+  addEventListener("hashchange", open);
+  open();
+  addEventListener("beforeprint", () => {
+    document.querySelectorAll("details").forEach((each) => (each.open = true));
+    charts.filter((element) => !("drawn" in element.dataset)).forEach(draw);
+  });
 })();

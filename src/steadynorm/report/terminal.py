@@ -33,6 +33,7 @@ from steadynorm.report.document import (
     Document,
     Heading,
     Paragraph,
+    Parts,
     Status,
     Table,
     column_texts,
@@ -146,13 +147,26 @@ def _(block: Card) -> RenderableType:
         Text(f"{SYMBOLS[block.status]} {block.status}", f"bold {style}"),
         Text.assemble(_plain(block.code, "bold"), " ", _plain(block.title, "bold")),
     )
-    lines = ((block.where, "cyan"), (block.text, ""))
-    body: list[RenderableType] = [_plain(text, style) for text, style in lines if text]
+    place = Text("  ").join([_plain(block.where, "cyan"), *([_plain(block.source, "dim")] if block.source else [])])
+    body: list[RenderableType] = [text for text in (place, _plain(block.text)) if text]
     if block.details:
         body.append(_pairs(block.details))
+    if block.cause:
+        body.append(Text.assemble(("Why: ", "bold"), _plain(block.cause)))
     if block.fix:
         body.append(Text.assemble(("Fix: ", "bold green"), _plain(block.fix)))
     return Group(head, Padding(Group(*body), (0, 0, 0, 2)))
+
+
+@_draw.register
+def _(block: Parts) -> RenderableType:
+    drawn: list[RenderableType] = [_plain(block.title, "bold")]
+    for entry in block.entries:
+        mark = Text(f"{SYMBOLS[entry.status]} ", STYLES[entry.status]) if entry.status else Text("  ")
+        drawn.append(Text.assemble(mark, _plain(entry.title, "cyan"), "  ", _plain(entry.note, "dim")))
+        inside = [_charts_in_words(one) if isinstance(one, Chart) else _draw(one) for one in entry.blocks]
+        drawn += [Padding(one, (0, 0, 1, 4)) for one in inside]
+    return Group(*drawn, *([_plain(block.note, "dim")] if block.note else []))
 
 
 @_draw.register
