@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import steadynorm
+from steadynorm import machine
 from steadynorm.doctor.finding import Finding
 from steadynorm.doctor.formats.data import fingerprint, jsonable
 from steadynorm.doctor.pages import advice_for, markdown, page_of
@@ -35,7 +35,13 @@ def sarif(diagnosis: "Diagnosis") -> dict[str, Any]:
     ]
     notes += [_notification(text) for text in (*diagnosis.remarks, *diagnosis.unused)]
     run: dict[str, Any] = {
-        "tool": {"driver": {"name": "steadynorm", "version": steadynorm.__version__, "rules": list(map(_rule, rules))}},
+        "tool": {
+            "driver": {
+                "name": "steadynorm",
+                "version": machine.describe()["steadynorm"],
+                "rules": list(map(_rule, rules)),
+            }
+        },
         "invocations": [{"executionSuccessful": True, "toolExecutionNotifications": notes}],
         "results": results,
         "properties": {"title": diagnosis.title, "summary": diagnosis.summary},
