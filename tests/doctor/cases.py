@@ -47,6 +47,8 @@ class Case:
     train_batches: Callable[[], Iterable[Any]] | None = lambda: digits.batches("train", 32, 0)
     loss: Callable[[Any, Any], Tensor] | None = digits.loss
     notes: bool = False
+    optimizer: Callable[[nn.Module], Any] = lambda model: sgd(model)
+    step: Callable[[nn.Module, Any], Any] | None = None
 
 
 @cache
@@ -54,7 +56,19 @@ def diagnosis(case: Case) -> doctor.Diagnosis:
     with recipe.seeded(0):
         model = case.make()
     metrics = digits.metrics if case.loss is digits.loss else None
-    return doctor.examine(model, case.batches, train_batches=case.train_batches, loss=case.loss, metrics=metrics)
+    return doctor.examine(
+        model,
+        case.batches,
+        train_batches=case.train_batches,
+        loss=case.loss,
+        metrics=metrics,
+        optimizer=case.optimizer(model),
+        step=case.step,
+    )
+
+
+def sgd(model):
+    return lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
 def found(case: Case) -> set[tuple[str, str]]:

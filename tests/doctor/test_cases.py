@@ -19,7 +19,8 @@ def test_a_healthy_model_has_no_finding_above_a_note(case: Case):
 
 @pytest.mark.parametrize("case", HEALTHY + CONTROLS, ids=lambda case: case.name)
 def test_a_healthy_model_is_checked_by_every_rule(case: Case):
-    assert diagnosis(case).unchecked == {}
+    frozen = case.name == "dense, everything frozen"
+    assert diagnosis(case).unchecked == ({"SN702": "no parameter takes a gradient"} if frozen else {})
 
 
 def test_names_of_cases_are_distinct():

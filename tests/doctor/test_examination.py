@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from steadynorm import doctor, recipe
-from steadynorm.doctor.rules import RULES, code_of
+from steadynorm.doctor.rules import RULES, code_of, is_on
 from steadynorm.errors import InputError
 from steadynorm.recipe import Recipe
 from steadynorm.recipes import digits
@@ -66,7 +66,11 @@ def test_select_and_ignore_that_leave_nothing_are_refused():
 
 def test_what_was_not_checked_is_listed_with_the_reason():
     result = doctor.examine(small(), images())
-    assert result.unchecked == dict.fromkeys(("SN101", "SN102"), "no training batches were given")
+    of_training = ("SN101", "SN102", "SN401", "SN402", "SN406")
+    assert result.unchecked == {
+        **dict.fromkeys(of_training, "no training batches were given"),
+        "SN702": "no optimizer was given",
+    }
     assert not set(result.unchecked) & set(result.checked)
     assert "no training batches were given" in str(result)
 
@@ -79,7 +83,8 @@ def test_a_forward_that_raises_is_a_finding_with_its_place():
     assert "RuntimeError: no way through" in finding.message
     # What is stored can be looked at all the same.
     assert "SN202" in result.checked
-    assert set(result.unchecked) == {code_of(rule) for rule in RULES if rule.needs != ("state",)} - {"SN001"}
+    looking = {code_of(rule) for rule in RULES if not {"state", "data"} >= set(rule.needs) and is_on(rule)}
+    assert set(result.unchecked) == looking - {"SN001"}
     assert {"SN103", "SN203", "SN301", "SN801"} < set(result.unchecked)
 
 

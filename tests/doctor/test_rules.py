@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 import steadynorm
 from steadynorm import doctor
 from steadynorm.doctor import rules
-from steadynorm.doctor.rules import RULES, advice_of, code_of
+from steadynorm.doctor.rules import RULES, advice_of, code_of, is_on
 from steadynorm.errors import InputError
 from steadynorm.probe import PARTS, Facts
 from tests.doctor.cases import FAULTS, HEALTHY
@@ -35,7 +35,10 @@ def example(rule, name):
 
 def codes_found(rule, name):
     names = example(rule, name)
-    result = doctor.examine(names["model"], names["batches"], train_batches=names.get("train_batches"))
+    given = {name: names.get(name) for name in ("train_batches", "loss", "optimizer", "step")}
+    # What is off by default is selected; the others are found among all.
+    select = () if is_on(rule) else [code_of(rule)]
+    result = doctor.examine(names["model"], names["batches"], select=select, **given)
     return [finding.code for finding in result.findings]
 
 

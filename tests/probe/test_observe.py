@@ -35,6 +35,10 @@ class RaisesAt(nn.BatchNorm2d):
         return super().forward(x)
 
 
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+
+
 def observe(model, **options):
     return probe.observe(
         model,
@@ -42,6 +46,7 @@ def observe(model, **options):
         train_batches=lambda: digits.batches("train", 32, 0),
         forward=call,
         loss=digits.loss,
+        optimizer=sgd,
         samples=64,
         **options,
     )
@@ -105,7 +110,7 @@ def test_a_model_may_take_and_give_anything(kind):
         for images, labels in digits.batches("test", 32, 0):
             yield ({"x": images, "scale": None} if kind == "dict" else (images,)), labels
 
-    facts = probe.observe(Model(), batches, train_batches=batches, forward=call, samples=64)
+    facts = probe.observe(Model(), batches, train_batches=batches, forward=call, optimizer=sgd, samples=64)
     assert facts.failures == ()
     assert facts.skipped == {}
     assert [d.producer for d in facts.dead_biases] == ["dense"]
@@ -124,6 +129,10 @@ def test_progress_counts_up_to_its_end():
     ("parts", "has_train_batches", "expected"),
     [
         (("state",), True, ["state"]),
+        (("state", "optimizer"), True, ["state"]),
+        (("data",), True, ["state", "data"]),
+        (("data",), False, ["state"]),
+        (("audit",), False, ["state", "forward", "audit"]),
         (("forward",), True, ["state", "forward", "dead_biases"]),
         (("isolation",), False, ["state", "forward", "recalibrate", "isolation"]),
         (("drift",), False, ["state", "forward", "recalibrate", "drift"]),

@@ -1,48 +1,41 @@
 """Runs batches through a model and records Facts. The model comes out exactly as it went in."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import nn
 
 from steadynorm import models
-from steadynorm.blame import in_a_line
 from steadynorm.errors import InputError
-from steadynorm.probe import bias, drift, instances, isolation, spectral, state
-from steadynorm.probe.batches import Source, gather
+from steadynorm.probe.audit import Step
+from steadynorm.probe.batches import Source
 from steadynorm.probe.effects import Loss, Metrics, Task
-from steadynorm.probe.facts import PARTS, Drift, Facts, Failure, Part
-from steadynorm.probe.samples import sample_count
-from steadynorm.probe.trace import Forward, ForwardRaised, NotPossible, Watcher, inputs_of, trace, watching
+from steadynorm.probe.facts import AT_REST, PARTS, Facts, Part
+from steadynorm.probe.observer import COST_BATCH_SIZE, COSTS, Observer, Progress, Training, stages
+from steadynorm.probe.optimizer import Optimizers, made
+from steadynorm.probe.trace import Forward
 
-__all__ = ["PARTS", "SAMPLES", "Facts", "Forward", "Loss", "Metrics", "Part", "Source", "observe"]
+__all__ = [
+    "AT_REST",
+    "COSTS",
+    "COST_BATCH_SIZE",
+    "PARTS",
+    "SAMPLES",
+    "Facts",
+    "Forward",
+    "Loss",
+    "Metrics",
+    "Optimizers",
+    "Part",
+    "Progress",
+    "Source",
+    "Step",
+    "observe",
+    "stages",
+]
 
 # Two halves of 300 samples read a divergence of up to 0.008 from each other, just below what matters (0.01).
 SAMPLES = 256
-# The gap between training and evaluation mode is an average over outputs: it is known well from few batches.
-GAP_SAMPLES = 128
-
-Progress = Callable[[int, int], None]
-"""Called with how much is done, and of how much."""
-
-# What each stage costs, in the order of `_Observer.look`. The unit is one training step of the digits at batch size 32
-# (10 ms on one core). Measured on digits and digits_faulty; where these differ (isolation 2 and 12, drift 0 and 18:
-# both are short where there is nothing to find) it is between the two.
-COSTS = {"state": 1, "forward": 2, "dead_biases": 2, "recalibrate": 14, "training": 5, "drift": 8, "isolation": 6}
-COST_BATCH_SIZE = 32
-
-
-def stages(parts: Collection[Part], has_train_batches: bool) -> tuple[str, ...]:
-    """The stages of an examination of `parts`, in their order; `COSTS` has what each costs."""
-    wanted = {part for part in parts if part != "training" or has_train_batches}
-    if not wanted - {"state"} and "training" not in parts:
-        return ("state",)
-    found = ["state", "forward"]
-    found += ["dead_biases"] if "forward" in wanted else []
-    found += ["recalibrate"] if wanted & {"training", "drift", "isolation"} else []
-    return (*found, *(stage for stage in ("training", "drift", "isolation") if stage in wanted))
 
 
 def observe(
@@ -53,6 +46,8 @@ def observe(
     train_batches: Source | None = None,
     loss: Loss | None = None,
     metrics: Metrics | None = None,
+    optimizer: Optimizers | None = None,
+    step: Step | None = None,
     parts: Collection[Part] = PARTS,
     samples: int = SAMPLES,
     on_progress: Progress | None = None,
@@ -67,187 +62,24 @@ def observe(
         train_batches: of training data. Without them the statistics are held against those of `batches`, and what
             depends on the size of the training batches is skipped.
         loss, metrics: (output, batch) to a scalar; to {name: number}, of which the first counts.
+        optimizer: over the model's parameters, or a function that makes one from those that take a gradient.
+        step: (model, batch), a training step of the user's own, in place of forward, loss, backward and optimizer.
         parts: which parts to look at.
         samples: how many of each split go through the model.
 
     Raises:
-        InputError: there is no batch, the model has parameters without values, or loss or metrics cannot be computed.
+        InputError: there is no batch, the model has parameters without values, loss or metrics cannot be computed, or
+            `optimizer` is none.
     """
     if missing := models.unmade_parts(model):
         raise InputError(
             f"the model has parameters without values ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): "
             "move it off the meta device, or run a batch through its lazy layers first."
         )
+    training = Training(None if optimizer is None else made(optimizer, model), step, is_known=optimizer is not None)
     sources = [s for s in (batches, train_batches) if s is not None]
     generators = [g for s in sources if isinstance(g := getattr(s, "generator", None), torch.Generator)]
     with models.undisturbed(model, *generators):
-        observer = _Observer(model, forward, Task(loss, metrics), frozenset(parts), on_progress)
+        observer = Observer(model, forward, Task(loss, metrics), training, frozenset(parts), on_progress)
         observer.look(batches, train_batches, samples)
     return Facts(**observer.found, failures=tuple(observer.failures), skipped=observer.skipped)
-
-
-class _Observer:
-    """Looks at one part after the other; what one part finds, the next ones use."""
-
-    def __init__(
-        self, model: nn.Module, forward: Forward, task: Task, parts: frozenset[Part], on_progress: Progress | None
-    ) -> None:
-        self.model, self.forward, self.task, self.wanted = model, forward, task, parts
-        self.on_progress, self.stages = on_progress, tuple(COSTS)
-        self.found: dict[str, Any] = {}
-        self.failures: list[Failure] = []
-        self.skipped: dict[Part, str] = {}
-        self.here: Sequence[Any] = ()
-        self.there: Sequence[Any] = ()
-        self.recalibration = drift.Recalibration()
-        self.drifts: dict[str, Drift] = {}
-        self.stale: list[str] = []
-        # Every part starts from the same model, in evaluation mode: a norm that is left in training mode, or counts
-        # something, would carry one part over into the next.
-        self.put_back: Callable[[], None] = lambda: None
-
-    def look(self, batches: Source, train_batches: Source | None, samples: int) -> None:
-        """All parts that were asked for, in an order in which each has what it needs."""
-        self.stages = stages(self.wanted, train_batches is not None)
-        try:
-            self._look(batches, train_batches, samples)
-        finally:
-            self._report(len(self.stages))
-
-    def _look(self, batches: Source, train_batches: Source | None, samples: int) -> None:
-        if not self._try(("state",), self._state) or self.wanted <= {"state"}:
-            return
-        self._gather(batches, train_batches, samples)
-        if not self.here or not self.there:
-            self._skip(PARTS[1:], "every batch holds NaN")
-        if not self._try(("forward",), self._forward):
-            return
-        if "forward" in self.wanted:
-            self._try(("forward",), self._dead_biases)
-        if train_batches is None:
-            self._skip(("training",), "no training batches were given")
-        if self._wants("training", "drift", "isolation") and self._try(("training", "drift"), self._recalibrate):
-            if self._wants("training"):
-                self._try(("training",), self._training)
-            if self._wants("drift"):
-                self._try(("drift",), self._drift)
-        if "isolation" in self.wanted:
-            self._try(("isolation",), self._isolation)
-
-    def _wants(self, *parts: Part) -> bool:
-        return any(part in self.wanted and part not in self.skipped for part in parts)
-
-    def _skip(self, parts: Iterable[Part], reason: str) -> None:
-        for part in parts:
-            self.skipped.setdefault(part, reason)
-
-    def _try(self, parts: tuple[Part, ...], action: Callable[[], None]) -> bool:
-        """Do one thing; if it cannot be done, the parts that rest on it are skipped, with the reason."""
-        if all(part in self.skipped for part in parts):
-            return False
-        self._report(self.stages.index(action.__name__.removeprefix("_")))
-        watcher = Watcher()
-        affected = self._resting_on(action, parts)
-        try:
-            with watching(self.model, watcher):
-                action()
-        except NotPossible as reason:
-            self._skip(affected, str(reason))
-        except ForwardRaised as raised:
-            path, cause = watcher.active[-1] if watcher.active else "", raised.__cause__
-            assert cause is not None
-            self.failures.append(Failure(parts[0], path, type(cause).__name__, in_a_line(cause)))
-            self._skip(affected, f"{in_a_line(cause)}, raised in {path or 'the model'}")
-        else:
-            return True
-        finally:
-            self.put_back()
-        return False
-
-    def _report(self, stage: int) -> None:
-        """Say that the stages before the one with this index are done; those that were not possible count as done."""
-        if self.on_progress is not None:
-            costs = [COSTS[name] for name in self.stages]
-            self.on_progress(sum(costs[:stage]), sum(costs))
-
-    def _resting_on(self, action: Callable[[], None], parts: tuple[Part, ...]) -> tuple[Part, ...]:
-        """What cannot be looked at when `action` fails."""
-        return PARTS if action == self._state else PARTS[1:] if action == self._forward else parts
-
-    def _gather(self, batches: Source, train_batches: Source | None, samples: int) -> None:
-        self.here, self.found["batches"] = gather(batches, self.forward, self.model, samples, "batches")
-        self.there = self.here
-        if train_batches is not None:
-            # Twice as many: the noise of the recalibration is what everything else is measured against.
-            self.there, self.found["train_batches"] = gather(
-                train_batches, self.forward, self.model, 2 * samples, "train_batches"
-            )
-
-    def _state(self) -> None:
-        self.found["norms"] = state.look(self.model)
-        self.found["frozen_layers"] = state.frozen_layers(self.model)
-        self.found["spectral"] = spectral.vectors(self.model)
-        self.put_back = models.remember(self.model)
-
-    def _forward(self) -> None:
-        before = state.statistics(self.model)
-        self.found["calls"], output = trace(self.model, self.here[0], self.forward)
-        self.found["moved"] = state.moved(before, state.statistics(self.model))
-        self.task.judge(output, self.here[0])  # a loss that does not fit is found at once
-        count = sample_count(inputs_of(self.here[0], self.forward)) or 1
-        self.found["values"] = bias.values(self.found["calls"], self.found["norms"], count)
-        if paths := instances.tracking(self.found["norms"]):
-            few = self.here[: max(1, GAP_SAMPLES // count)]
-            self.found["instance_gap"] = instances.gap(self.model, few, self.forward, self.task, paths)
-
-    def _dead_biases(self) -> None:
-        self.found["dead_biases"] = bias.dead(
-            self.model, self.here[0], self.forward, self.found["norms"], self.found["calls"]
-        )
-
-    def _recalibrate(self) -> None:
-        paths = [path for path, norm in self.found["norms"].items() if norm.learns]
-        self.stored = drift.Stored(self.model, paths)
-        fewest = min((self.found["values"][p].per_sample for p in paths if p in self.found["values"]), default=None)
-        self.there = [b for b in self.there if fewest is None or fewest * self._size(b) > 1]
-        if not self.there:
-            raise NotPossible("every training batch holds one value per statistic")
-        try:
-            self.recalibration = drift.recalibrate(self.model, self.there, self.forward, paths)
-        finally:
-            self.stored.put()
-        self.drifts = drift.drifts(self.recalibration, self.stored, self.found["norms"])
-        self.stale = [path for path, one in self.drifts.items() if one.is_beyond_chance]
-
-    def _isolation(self) -> None:
-        # With stale statistics in place a leak may be drowned: what it does is looked at as if it were the only fault.
-        refreshed = self.recalibration.refreshed(self.stale)
-        if refreshed:
-            self.stored.put(refreshed)
-        self.found["leaks"] = isolation.leaks(
-            self.model, self.here, self.forward, self.task, recalibrated=len(refreshed)
-        )
-
-    def _size(self, batch: Any) -> int:
-        return sample_count(inputs_of(batch, self.forward)) or 1
-
-    def _training(self) -> None:
-        paths = list(self.recalibration.halves)
-        self.found["values"] |= {path: self.recalibration.values(path) for path in paths}
-        if paths:
-            few = self.there[: max(2, GAP_SAMPLES // self._size(self.there[0]))]
-            self.found["training_gap"] = drift.training_gap(
-                self.model, few, self.forward, self.task, self.stored, self.recalibration
-            )
-
-    def _drift(self) -> None:
-        found, stale = self.drifts, self.stale
-        try:
-            if stale:
-                alone, self.found["drift_together"] = drift.effects_of(
-                    self.model, self.here, self.forward, self.task, stale, self.stored, self.recalibration
-                )
-                found |= {path: replace(found[path], effect=effect) for path, effect in alone.items()}
-        finally:
-            self.stored.put()
-        self.found["drift"] = found

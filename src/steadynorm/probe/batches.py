@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from steadynorm.errors import InputError
+from steadynorm.probe.data import Sketch
 from steadynorm.probe.facts import Batches
 from steadynorm.probe.samples import is_broken_input, map_tensors, sample_count, tensors_in
 from steadynorm.probe.trace import Forward, inputs_of
@@ -19,11 +20,14 @@ Source = Iterable[Any] | Callable[[], Iterable[Any]]
 MOST_COUNTED = 200
 
 
-def gather(source: Source, forward: Forward, model: nn.Module, samples: int, what: str) -> tuple[list[Any], Batches]:
+def gather(
+    source: Source, forward: Forward, model: nn.Module, samples: int, what: str, sketch: Sketch | None = None
+) -> tuple[list[Any], Batches]:
     """The first batches that make up `samples` samples, on the device of the model, without those that hold NaN.
 
     Args:
         what: the name of the split in an error.
+        sketch: takes in the inputs, of more batches if it needs more.
 
     Raises:
         InputError: there is no batch, or what is given cannot be iterated over.
@@ -34,16 +38,21 @@ def gather(source: Source, forward: Forward, model: nn.Module, samples: int, wha
     used, is_complete = 0, True
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for i, batch in enumerate(iterate(source, what)):
-        if i == MOST_COUNTED or (used >= samples and isinstance(source, DataLoader)):
+        is_known = used >= samples and (sketch is None or sketch.is_enough)
+        if i == MOST_COUNTED or (is_known and isinstance(source, DataLoader)):
             is_complete = False
             break
         inputs = inputs_of(batch, forward)
         size = sample_count(inputs) or 1
         sizes.append(size)
-        if used >= samples:
+        if is_known:
             continue
         if any(is_broken_input(tensor) for tensor in tensors_in(inputs)):
             broken.append(i)
+            continue
+        if sketch is not None:
+            sketch.add(inputs)
+        if used >= samples:
             continue
         kept.append(map_tensors(lambda tensor: tensor.to(device), batch))
         used += size

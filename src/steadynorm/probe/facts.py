@@ -4,8 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Part = Literal["state", "forward", "training", "drift", "isolation"]
-PARTS: tuple[Part, ...] = ("state", "forward", "training", "drift", "isolation")
+from steadynorm.probe.training_facts import Audit, Held, Inputs, Likeness
+
+Part = Literal["state", "optimizer", "data", "forward", "training", "drift", "isolation", "audit"]
+PARTS: tuple[Part, ...] = ("state", "optimizer", "data", "forward", "training", "drift", "isolation", "audit")
+# What needs no batches: the model and its optimizer, at rest.
+AT_REST: frozenset[Part] = frozenset({"state", "optimizer"})
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Norm:
         takes_single_values: whether one value per statistic in training is met by the running statistics, by option.
         is_toggled: whether `track_running_stats` was set to False on a batch norm that has statistics: training uses
             the batch and leaves them alone, evaluation uses them.
+        is_undone: whether it was put in evaluation mode by hand, and the next `model.train()` takes it out again.
         updates_always: whether its running statistics move in evaluation by a switch that says so.
         trains_affine: whether its weight or bias takes a gradient; None if it has neither.
         group_size: channels (group, instance) or all values (layer, rms) of a sample that share a statistic.
@@ -52,6 +57,7 @@ class Norm:
     has_initial_affine: bool = True
     takes_single_values: bool = False
     is_toggled: bool = False
+    is_undone: bool = False
     updates_always: bool = False
     trains_affine: bool | None = None
     group_size: int | None = None
@@ -264,6 +270,11 @@ class Facts:
         instance_gap: of giving the instance norms that track running statistics those of each sample, as in training.
         moved: modules whose running statistics changed in a forward in evaluation mode.
         drift_together: effect of recalibrating all layers that drifted, at once.
+        dropping: dropout layers that `model.eval()` leaves in training mode.
+        bare_layer: the first layer with weights, where no norm is before it or right behind it.
+        inputs, likeness: of the training batches: their scale, and whether they are alike.
+        held: how the optimizer holds the parameters.
+        audit: one training step.
         training_gap: between training and evaluation mode on the same batches, with recalibrated statistics: what the
             noise of batch statistics does at this batch size.
     """
@@ -282,6 +293,12 @@ class Facts:
     instance_gap: Effect | None = None
     moved: tuple[str, ...] = ()
     spectral: tuple[SpectralVectors, ...] = ()
+    dropping: tuple[str, ...] = ()
+    bare_layer: str = ""
+    inputs: Inputs | None = None
+    likeness: Likeness | None = None
+    held: Held | None = None
+    audit: Audit | None = None
     failures: tuple[Failure, ...] = ()
     skipped: Mapping[Part, str] = field(default_factory=dict)
 

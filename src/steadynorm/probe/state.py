@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from steadynorm import models
 from steadynorm.probe.facts import Norm
@@ -21,8 +22,9 @@ def look(model: nn.Module) -> dict[str, Norm]:
     by_hand = {path for path, layer in layers.items() if model.training and not layer.training}
     model.train()
     in_training = {path for path, layer in layers.items() if models.uses_batch_statistics(layer)} - by_hand
+    undone = {path for path in by_hand if layers[path].training}
     model.eval()
-    return {path: _norm(path, layer, in_training) for path, layer in layers.items()}
+    return {path: _norm(path, layer, in_training, path in undone) for path, layer in layers.items()}
 
 
 def frozen_layers(model: nn.Module) -> frozenset[str]:
@@ -33,6 +35,12 @@ def frozen_layers(model: nn.Module) -> frozenset[str]:
         if gradients and not any(gradients):
             frozen.add(path)
     return frozenset() if "" in frozen else frozenset(frozen)
+
+
+def dropping(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the dropout layers that are in training mode, now that the model is in evaluation mode."""
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, _DropoutNd)]
+    return tuple(path for path, module in found if module.training and module.p > 0)
 
 
 def statistics(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
@@ -54,7 +62,7 @@ def moved(before: dict[str, tuple[Tensor, ...]], after: dict[str, tuple[Tensor, 
     return tuple(path for path, old in before.items() if not all(map(is_same, old, after.get(path, old))))
 
 
-def _norm(path: str, layer: nn.Module, in_training: set[str]) -> Norm:
+def _norm(path: str, layer: nn.Module, in_training: set[str], is_undone: bool) -> Norm:
     kind = models.norm_kind(layer)
     assert kind is not None
     has_statistics = models.has_running_statistics(layer)
@@ -77,6 +85,7 @@ def _norm(path: str, layer: nn.Module, in_training: set[str]) -> Norm:
         has_initial_affine=_has_initial_affine(layer),
         takes_single_values=getattr(layer, "single_value", "error") == "running",
         is_toggled=is_batch and has_statistics and path in in_training and not _tracks(layer),
+        is_undone=is_undone and is_batch,
         updates_always=getattr(layer, "update_running", None) is True,
         trains_affine=_trains_affine(layer),
         group_size=_group_size(layer, kind),

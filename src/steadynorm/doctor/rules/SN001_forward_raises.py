@@ -26,13 +26,15 @@ WHEN = {
     "forward": "In evaluation mode the forward",
     "isolation": "In evaluation mode the forward, on other samples of a batch,",
     "training": "With its batch norms in training mode the forward",
+    "audit": "In a training step the forward",
     "drift": "With recalibrated statistics the forward",
 }
 
 
 def check(facts: Facts) -> Iterator[Finding]:
-    """One finding for each part in which the forward raised."""
-    for failure in facts.failures:
+    """One finding for each place and way in which the forward raised."""
+    # A layer that raises in training mode raises in each pass that trains: once is enough.
+    for failure in {(f.path, f.message): f for f in reversed(facts.failures)}.values():
         yield Finding(
             code="SN001",
             severity="error",

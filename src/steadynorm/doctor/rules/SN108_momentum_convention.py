@@ -18,6 +18,7 @@ Source: https://github.com/pytorch/vision/issues/8250
 
 from collections.abc import Iterator
 
+from steadynorm.doctor import fixes
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
 
@@ -46,5 +47,9 @@ def check(facts: Facts) -> Iterator[Finding]:
                 "threshold": LARGEST,
                 "batches that count, as many alike": (2 - norm.momentum) / norm.momentum,
             },
-            fix=Fix(f"Set momentum={1 - norm.momentum:.3g}, which is what the number means elsewhere."),
+            fix=Fix(
+                f"Set momentum={1 - norm.momentum:.3g}, which is what the number means elsewhere.",
+                apply=fixes.convert_momenta_,
+                target=(path,),
+            ),
         )

@@ -17,6 +17,7 @@ Source: https://github.com/Cadene/pretrained-models.pytorch/issues/5
 
 from collections.abc import Iterator
 
+from steadynorm.doctor import fixes
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
 
@@ -44,5 +45,9 @@ def check(facts: Facts) -> Iterator[Finding]:
                 f"{state}{', which fit the data so far' if fits else ''}."
             ),
             evidence=evidence,
-            fix=Fix("Set momentum=0.1, or freeze the layer: steadynorm.FrozenBatchNorm2d.from_batch_norm."),
+            fix=Fix(
+                "Set momentum=0.1, or freeze the layer: steadynorm.FrozenBatchNorm2d.from_batch_norm.",
+                apply=fixes.start_momenta_,
+                target=(path,),
+            ),
         )

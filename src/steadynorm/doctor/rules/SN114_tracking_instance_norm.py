@@ -17,6 +17,7 @@ Source: https://github.com/KupynOrest/DeblurGAN/issues/94
 
 from collections.abc import Iterator
 
+from steadynorm.doctor import fixes
 from steadynorm.doctor.evidence import as_evidence, gain_of, in_words
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
@@ -47,7 +48,9 @@ def check(facts: Facts) -> Iterator[Finding]:
             evidence=as_evidence(gap, after="each sample by itself"),
             fix=Fix(
                 "Construct the layer with track_running_stats=False and drop running_mean, running_var and "
-                "num_batches_tracked from the checkpoint, then evaluate again."
+                "num_batches_tracked from the checkpoint, then evaluate again.",
+                apply=fixes.forget_,
+                target=(path,),
             ),
         )
 

@@ -18,6 +18,7 @@ Source: https://github.com/Lightning-AI/pytorch-lightning/issues/15062
 
 from collections.abc import Iterator
 
+from steadynorm.doctor import fixes
 from steadynorm.doctor.evidence import as_evidence, in_words
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
@@ -48,6 +49,8 @@ def check(facts: Facts) -> Iterator[Finding]:
             evidence=evidence,
             fix=Fix(
                 "Set track_running_stats=True again. To freeze the layer use steadynorm.training.freeze_ or "
-                "FrozenBatchNorm; to have no statistics set running_mean and running_var to None."
+                "FrozenBatchNorm; to have no statistics set running_mean and running_var to None.",
+                apply=fixes.track_,
+                target=(path,),
             ),
         )

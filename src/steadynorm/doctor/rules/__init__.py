@@ -3,6 +3,10 @@
 A rule file is named by its code and its slug. Its docstring is one sentence of advice, then the paragraphs Why, Bad,
 Good and Source; `tests/doctor/test_rules.py` runs Bad and Good. `needs` names the parts of the probe that it reads:
 where one of them could not be looked at, the rule is reported as not checked. `check` is a pure function of the facts.
+
+A code is never used again for another fault. Hundreds are topics, and within them a rule keeps its number whatever it
+becomes. A rule that speaks of taste, or that is right in fewer than nine of ten networks that people train on purpose,
+has `is_optional = True`: it is checked only where its code, or a beginning of its code, is selected.
 """
 
 import inspect
@@ -31,7 +35,19 @@ from steadynorm.doctor.rules import (
     SN208_spectral_vectors,
     SN301_evaluation_moves_statistics,
     SN302_frozen_but_moving,
+    SN303_recompute_double_update,
+    SN304_extra_forward,
+    SN305_training_in_evaluation_mode,
+    SN306_freeze_undone,
+    SN307_helper_in_training_mode,
+    SN308_dropout_with_batch_statistics,
+    SN309_accumulated_statistics,
+    SN401_batches_not_alike,
+    SN402_ragged_last_batch,
+    SN406_input_scale,
     SN501_mean_over_deviation,
+    SN701_decay_on_norm,
+    SN702_norm_not_optimised,
     SN801_batch_dependent_evaluation,
 )
 from steadynorm.errors import InputError
@@ -71,9 +87,26 @@ RULES: tuple[Rule, ...] = (
     SN208_spectral_vectors,
     SN301_evaluation_moves_statistics,
     SN302_frozen_but_moving,
+    SN303_recompute_double_update,
+    SN304_extra_forward,
+    SN305_training_in_evaluation_mode,
+    SN306_freeze_undone,
+    SN307_helper_in_training_mode,
+    SN308_dropout_with_batch_statistics,
+    SN309_accumulated_statistics,
+    SN401_batches_not_alike,
+    SN402_ragged_last_batch,
+    SN406_input_scale,
     SN501_mean_over_deviation,
+    SN701_decay_on_norm,
+    SN702_norm_not_optimised,
     SN801_batch_dependent_evaluation,
 )
+
+
+def is_on(rule: Rule) -> bool:
+    """Whether a rule is checked without being selected by its code."""
+    return not getattr(rule, "is_optional", False)
 
 
 def code_of(rule: Rule) -> str:

@@ -1,0 +1,111 @@
+"""The inputs of a split, without the model: their scale, and whether its batches are alike.
+
+Batches are compared by random projections of their samples. Were samples dealt out at random, the means of batches
+would vary by the variance of samples over the size of the batch; F is the ratio of the two. How large it gets by chance
+is asked of the same samples, dealt out anew a thousand times: it depends on the data and on the number of batches.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steadynorm.probe.samples import sample_count, tensors_in
+from steadynorm.probe.training_facts import Inputs, Likeness
+
+# Random directions of the input in which batches are compared, and values of a sample that these look at.
+PROJECTIONS = 64
+MOST_VALUES = 4096
+SEED = 0
+# Below 15 batches the F of chance alone reached 2.95; more samples than these say nothing new.
+FEWEST_BATCHES, MOST_SAMPLES = 15, 2048
+PERMUTATIONS = 999
+# A feature that varies by less than this is a constant.
+CONSTANT_VARIANCE = 1e-12
+
+
+@dataclass
+class Sketch:
+    """Random projections of the samples, batch by batch, and sums over all values."""
+
+    projected: list[Tensor] = field(default_factory=list)
+    values: list[tuple[float, float, float, float]] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+    shape: torch.Size | None = None
+    is_ragged: bool = False
+    _directions: Tensor | None = None
+    _picked: Tensor | None = None
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether more batches would say nothing new."""
+        return len(self.projected) >= FEWEST_BATCHES or sum(map(len, self.projected)) >= MOST_SAMPLES
+
+    def add(self, inputs: Any) -> None:
+        """Take in the first tensor of floating-point numbers of a batch that has a row for each sample."""
+        count = sample_count(inputs)
+        found = [t for t in tensors_in(inputs) if t.is_floating_point() and t.dim() > 1 and t.shape[0] == count]
+        if not found or not found[0].numel():
+            return
+        x = found[0].detach().float()
+        self.values.append((float(x.mean()), float(x.square().mean()), float(x.min()), float(x.max())))
+        if self.shape is not None and x.shape[1:] != self.shape:
+            self.is_ragged = True
+            return
+        self.shape = x.shape[1:]
+        rows = x.flatten(1)
+        if x.dim() == 2:
+            self.features.append(rows)
+        if self._directions is None:
+            generator = torch.Generator().manual_seed(SEED)
+            picked = torch.randperm(rows.shape[1], generator=generator)[:MOST_VALUES]
+            self._picked = picked.to(x.device)
+            self._directions = torch.randn(len(picked), PROJECTIONS, generator=generator).to(x.device)
+        self.projected.append((rows[:, self._picked] @ self._directions).double().cpu())
+
+    def inputs(self) -> Inputs | None:
+        """Scale of the inputs over all batches that were taken in; None if there was none."""
+        if not self.values:
+            return None
+        mean, square, low, high = (torch.tensor(column).double() for column in zip(*self.values, strict=True))
+        deviation = float((square.mean() - mean.mean() ** 2).clamp(min=0).sqrt())
+        constant = 0
+        if self.features and sum(map(len, self.features)) > 1:
+            constant = int((torch.cat(self.features).double().var(0) < CONSTANT_VARIANCE).sum())
+        return Inputs(float(mean.mean()), deviation, float(low.min()), float(high.max()), constant)
+
+    def likeness(self) -> Likeness | None:
+        """How alike the batches are; None where that cannot be said."""
+        batches = [rows for rows in self.projected if len(rows) > 1]
+        if self.is_ragged or len(batches) < 4:
+            return None
+        rows = torch.cat(batches)
+        rows = rows[:, rows.std(0) > 0]
+        if not rows.numel():
+            return None
+        rows = (rows - rows.mean(0)) / rows.std(0)
+        owner = torch.repeat_interleave(torch.arange(len(batches)), torch.tensor([len(b) for b in batches]))
+        found = _ratio(rows, owner, len(batches))
+        generator = torch.Generator().manual_seed(SEED)
+        chance = [
+            _ratio(rows[torch.randperm(len(rows), generator=generator)], owner, len(batches))
+            for _ in range(PERMUTATIONS)
+        ]
+        beyond = sum(value >= found for value in chance)
+        return Likeness(
+            ratio=found,
+            chance=sorted(chance)[int(0.99 * PERMUTATIONS)],
+            p=(1 + beyond) / (1 + PERMUTATIONS),
+            batches=len(batches),
+            samples=len(rows),
+        )
+
+
+def _ratio(rows: Tensor, owner: Tensor, count: int) -> float:
+    """Variance between batches over that within them, as the F of an analysis of variance, over all directions."""
+    sizes = torch.bincount(owner, minlength=count).double()
+    means = torch.zeros(count, rows.shape[1], dtype=rows.dtype).index_add_(0, owner, rows) / sizes[:, None]
+    between = float((sizes[:, None] * means.square()).sum()) / (count - 1)
+    within = float(rows.square().sum() - (sizes[:, None] * means.square()).sum()) / max(len(rows) - count, 1)
+    return between / max(within, 1e-30)

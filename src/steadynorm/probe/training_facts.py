@@ -1,0 +1,107 @@
+"""What was seen of training: one step, the optimizer, the batches. Plain, frozen data, parts of `Facts`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Phase = Literal["forward", "outside", "backward", "optimizer"]
+PHASES: tuple[Phase, ...] = ("forward", "outside", "backward", "optimizer")
+
+
+@dataclass(frozen=True)
+class NormStep:
+    """What one norm layer did in one training step.
+
+    Args:
+        path: in the model; of a layer of another network, its path there behind the name of that network's class.
+        calls: by phase: inside the model's forward; outside it, in a loss or in another network; while gradients are
+            computed, where activations are made anew; inside the step of the optimizer.
+        updates: by phase, how many of the calls moved the running statistics.
+        trained: whether any call was made in training mode.
+        without_gradients: whether every call was made with gradients switched off, or in a network that takes none.
+    """
+
+    path: str
+    class_name: str
+    calls: Mapping[Phase, int]
+    updates: Mapping[Phase, int]
+    trained: bool
+    without_gradients: bool
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One training step.
+
+    Args:
+        forwards: calls of the whole model, but for those that the optimizer makes.
+        backwards: passes that brought a gradient to the parameters.
+        optimizer_steps: calls of `step` of any optimizer.
+        norms: by path, of the model's norms that were called.
+        helpers: of norms in networks that the model is not made of.
+        copies: paths in `helpers`, and in `norms`, of networks that take no gradient and have a twin that does, with
+            parameters of the same shapes, as moving averages have.
+        is_users: whether the step is one that the user gave, rather than forward, loss, backward and optimizer.
+        left_evaluating: norms that trained before the step and are in evaluation mode after it.
+        optimized: names of the model's parameters that any optimizer holds that took a step.
+    """
+
+    forwards: int
+    backwards: int
+    optimizer_steps: int
+    norms: Mapping[str, NormStep] = field(default_factory=dict)
+    helpers: Mapping[str, NormStep] = field(default_factory=dict)
+    copies: frozenset[str] = frozenset()
+    is_users: bool = False
+    left_evaluating: tuple[str, ...] = ()
+    optimized: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Held:
+    """How an optimizer holds the parameters of a model.
+
+    Args:
+        names: of the model's parameters in any of its groups.
+        decays: by name, weight decay above zero.
+        foreign: how many parameters it holds that the model does not have.
+        trainable: names of the model's parameters that take a gradient.
+    """
+
+    names: frozenset[str]
+    decays: Mapping[str, float]
+    foreign: int
+    trainable: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The scale of a split's first tensor of floating-point numbers.
+
+    Args:
+        mean, deviation, low, high: over all values.
+        constant: features of a table, (samples, features), that do not vary.
+    """
+
+    mean: float
+    deviation: float
+    low: float
+    high: float
+    constant: int = 0
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """Whether the batches of a split are like random samples of it.
+
+    Args:
+        ratio: variance between batches over that within them; 1 where samples were dealt out at random.
+        chance: the ratio that random dealing of the same samples stays below in 99 of 100.
+        p: share of random dealings with a ratio as large.
+    """
+
+    ratio: float
+    chance: float
+    p: float
+    batches: int
+    samples: int
