@@ -35,7 +35,7 @@ def test_statistics_are_repaired_to_the_accuracy_of_the_healthy_twin(name):
     harmed = accuracy(model)
     sentences = doctor.repair(model, examined(model), batches)
     assert len(sentences) == len(case.expected)
-    assert all(sentence.endswith("done.") for sentence in sentences)
+    assert all("done" in str(sentence) for sentence in sentences)
     assert accuracy(model) > harmed
     assert accuracy(model) == pytest.approx(accuracy(cases.trained()), abs=0.01)
     assert examined(model).is_clean
@@ -87,7 +87,7 @@ def test_a_repair_that_does_not_help_is_taken_back_bit_for_bit():
     )
     sentences = doctor.repair(model, doctor.Diagnosis(**{**vars(diagnosis), "findings": wrong}), batches)
     assert len(sentences) == 2
-    assert all("not repaired, the finding is still there" in sentence for sentence in sentences)
+    assert all("not repaired, the finding is still there" in str(sentence) for sentence in sentences)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -102,7 +102,7 @@ def test_a_repair_that_raises_the_loss_is_taken_back():
     diagnosis = examined(model)
     finding = Finding("SN203", "error", "measured", "block1.bn1", "", {}, Fix("Turn.", True, raise_the_loss_, ("",)))
     sentences = doctor.repair(model, doctor.Diagnosis(**{**vars(diagnosis), "findings": (finding,)}), batches)
-    assert "the loss rose" in sentences[0]
+    assert "the loss rose" in str(sentences[0])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -132,7 +132,7 @@ def test_statistics_in_half_precision_are_widened_and_recalibrated():
     before = (model.eval()(images).argmax(1) == labels).float().mean()
     sentences, again = repaired(case, model)
     assert len(sentences) == 2
-    assert all(sentence.endswith("done.") for sentence in sentences)
+    assert all("done" in str(sentence) for sentence in sentences)
     assert again.is_clean
     assert model[1].running_mean.dtype == torch.float32
     assert model[0].weight.dtype == torch.bfloat16
@@ -154,7 +154,7 @@ def test_a_layer_that_cannot_be_widened_is_put_back():
     model = OneType(model)
     before = copy.deepcopy(model.state_dict())
     sentences, _ = repaired(case, model)
-    assert any("does not run with the layer in float32" in sentence for sentence in sentences)
+    assert any("does not run with the layer in float32" in str(sentence) for sentence in sentences)
     assert model.net[1].running_mean.dtype == torch.bfloat16
     assert model.net[1].running_mean.equal(before["net.1.running_mean"])
 
@@ -168,7 +168,7 @@ def test_spectral_vectors_are_taken_anew(kind):
     with torch.no_grad():
         vector.mul_(0.6)
     sentences, again = repaired(cases.Case("spectral", lambda: model), model)
-    assert [s.endswith("done.") for s in sentences] == [True]
+    assert [s.is_done for s in sentences] == [True]
     assert again.is_clean
     model.eval()(torch.zeros(1, 1, 8, 8))
     norm = torch.linalg.matrix_norm(conv.weight.detach().flatten(1).double(), 2)

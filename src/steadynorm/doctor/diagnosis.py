@@ -11,7 +11,7 @@ from steadynorm.doctor.formats.document import document
 from steadynorm.doctor.formats.github import github
 from steadynorm.doctor.formats.page import page
 from steadynorm.doctor.formats.sarif import sarif
-from steadynorm.probe import Facts, Loss, Metrics, Source
+from steadynorm.probe import Facts, Loss, Metrics, Optimizers, Source, Step
 from steadynorm.report import Chart, Document
 
 NOTEBOOK_HEIGHT = 640
@@ -24,6 +24,8 @@ class Judgement:
     train_batches: Source | None = None
     loss: Loss | None = None
     metrics: Metrics | None = None
+    optimizer: Optimizers | None = None
+    step: Step | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Diagnosis:
         remarks: what a reader has to know about the examination itself.
         suppressed: findings that are kept on purpose; they count for nothing but are listed.
         unused: sentences about suppressions that fit nothing.
+        off: codes of the rules that were not asked for, by choice or by default.
     """
 
     findings: tuple[Finding, ...]
@@ -56,6 +59,7 @@ class Diagnosis:
     judgement: Judgement = field(default=Judgement(), repr=False, compare=False)
     suppressed: tuple[Suppressed, ...] = ()
     unused: tuple[str, ...] = ()
+    off: tuple[str, ...] = ()
 
     @property
     def is_clean(self) -> bool:

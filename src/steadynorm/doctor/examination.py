@@ -59,7 +59,7 @@ def examine(
         train_batches: of training data; without them the rules about training are listed as not checked.
         loss: (output, batch) to a scalar. Without it, effects are told as changes of the output.
         metrics: (output, batch) to {name: number}, higher is better; the first one is used.
-        optimizer: over the model's parameters, or a function that makes one from the list of those that take a gradient.
+        optimizer: over the model's parameters, or a function that makes one from those that take a gradient.
         step: (model, batch), a training step of your own, looked at in place of forward, loss, backward and optimizer.
             The model, other networks and the optimizers that it calls are put back; what else it counts is not.
         select: codes, or beginnings of codes, of the rules to check; none is all but those that are off by default.
@@ -98,7 +98,8 @@ def examine(
         unchecked=unchecked,
         facts=facts,
         title=f"Diagnosis of {type(model).__name__}",
-        judgement=Judgement(train_batches, loss, metrics),
+        judgement=Judgement(train_batches, loss, metrics, optimizer, step),
+        off=tuple(code_of(rule) for rule in RULES if rule not in rules),
     )
 
 

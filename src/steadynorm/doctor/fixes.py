@@ -1,4 +1,4 @@
-"""Repairs that are safe: they leave what the model computes alone, or bring its statistics up to date."""
+"""Repairs: safe ones leave what the model computes alone, or bring its statistics up to date; the others say so."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,6 +14,9 @@ from steadynorm.probe.trace import ForwardRaised, run
 
 # What folding may change: the rounding of a few additions, relative to the largest value of the output.
 FOLD_TOLERANCE = 1e-4
+
+DEFAULT_MOMENTUM = 0.1
+MOMENTUM_DIGITS = 12
 
 
 class UnhelpfulError(SteadynormError):
@@ -78,6 +81,53 @@ def widen_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: Iterab
         recalibrate_(model, targets, data)
     except ForwardRaised as raised:
         raise UnhelpfulError(f"the model does not run with the layer in float32 ({raised.__cause__})") from raised
+
+
+def convert_momenta_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: Iterable[Any]) -> None:
+    """Turn the momenta of `targets` from the sense of Keras into PyTorch's, and give the layers the data's statistics.
+
+    Not safe: it changes how the model trains on.
+    """
+    for (path,) in targets:
+        layer = model.get_submodule(path)
+        _set(layer, "momentum", round(1 - getattr(layer, "momentum", 0.0), MOMENTUM_DIGITS))
+    recalibrate_(model, targets, batches)
+
+
+def start_momenta_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: Iterable[Any]) -> None:
+    """Give `targets` PyTorch's default momentum, and the statistics of the data.
+
+    Not safe: it changes how the model trains on.
+    """
+    for (path,) in targets:
+        _set(model.get_submodule(path), "momentum", DEFAULT_MOMENTUM)
+    recalibrate_(model, targets, batches)
+
+
+def track_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: Iterable[Any]) -> None:
+    """Let the statistics of `targets` move again in training, and give them those of the data.
+
+    Not safe: somebody switched them off on purpose.
+    """
+    for (path,) in targets:
+        _set(model.get_submodule(path), "track_running_stats", True)
+    recalibrate_(model, targets, batches)
+
+
+def forget_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: Iterable[Any]) -> None:
+    """Take the running statistics out of the instance norms `targets`, so that evaluation does as training does.
+
+    Not safe: it changes what evaluation computes.
+    """
+    for (path,) in targets:
+        layer = model.get_submodule(path)
+        _set(layer, "track_running_stats", False)
+        for name in state.STATISTICS:
+            layer.register_buffer(name, None)
+
+
+def _set(layer: nn.Module, name: str, value: object) -> None:
+    setattr(layer, name, value)
 
 
 def iterate_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: Iterable[Any]) -> None:

@@ -33,6 +33,7 @@ def data(diagnosis: "Diagnosis") -> dict[str, Any]:
         "unused_suppressions": list(diagnosis.unused),
         "checked": list(diagnosis.checked),
         "unchecked": dict(diagnosis.unchecked),
+        "off": list(diagnosis.off),
         "remarks": list(diagnosis.remarks),
         "layers": [dict(zip(layers.COLUMNS, row, strict=True)) for row in layers.rows(diagnosis.facts)],
         "machine": machine.describe(),

@@ -46,6 +46,8 @@ def ending(diagnosis: "Diagnosis") -> list[Block]:
     if diagnosis.unchecked:
         rows = [(code, advice_for(code).rstrip("."), reason) for code, reason in diagnosis.unchecked.items()]
         found.append(Table("Not checked", ("rule", "what it says", "why not"), rows))
+    if diagnosis.off:
+        found.append(Paragraph(f"Not asked for: {', '.join(diagnosis.off)}. --select takes them."))
     return found
 
 

@@ -33,6 +33,8 @@ def sarif(diagnosis: "Diagnosis") -> dict[str, Any]:
     notes = [
         _notification(f"{code} was not checked: {reason}.", code, index) for code, reason in diagnosis.unchecked.items()
     ]
+    if diagnosis.off:
+        notes.append(_notification(f"Not asked for: {', '.join(diagnosis.off)}."))
     notes += [_notification(text) for text in (*diagnosis.remarks, *diagnosis.unused)]
     run: dict[str, Any] = {
         "tool": {
