@@ -8,6 +8,7 @@ same door: what they do not have is taken off, and said.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -15,11 +16,13 @@ from torch.optim import Optimizer
 
 from steadynorm import models
 from steadynorm.convert.become import become, snapshot
+from steadynorm.convert.calibration import METHODS, Method, Progress, calibrate, put_fit_
 from steadynorm.convert.change import Change, Converted
 from steadynorm.convert.classes import is_ours, named
 from steadynorm.convert.effect import Effect, Examples, Forward, Loss, effect
-from steadynorm.convert.holders import ensure_not_awaited, ensure_of, remembered, take_out_
-from steadynorm.convert.relatives import RELATIVES, Wish, to_relative
+from steadynorm.convert.fit import Fit
+from steadynorm.convert.holders import ensure_not_awaited, ensure_of, forget_, remembered, take_out_
+from steadynorm.convert.relatives import RELATIVES, WITHIN_SAMPLE, Wish, to_relative
 from steadynorm.convert.targets import Plan, Rule, to_batch, to_steadynorm, to_sync, to_torch
 from steadynorm.convert.unseen import norms, paths, unseen
 from steadynorm.errors import InputError
@@ -62,6 +65,8 @@ def convert_(
     ghost_size: int | None = None,
     limits: tuple[float, float] | Limits | None = None,
     groups: int | None = None,
+    method: Method | None = "layer_by_layer",
+    progress: Progress | None = None,
 ) -> Change:
     """Make the normalizations of `model` others, in place: the same modules, tensors, hooks and aliases.
 
@@ -77,17 +82,24 @@ def convert_(
         only, leave: which layers, and which not: a pattern for paths (``"backbone"`` is all that is inside, ``*`` any
             characters), a class, several of them, or a function of path and layer.
         batches: examples, kept in memory, that run before and after the conversion, in evaluation. What it did to the
-            outputs is then the `difference` of the change.
+            outputs is then the `difference` of the change. To "group", "layer", "channel_layer" and "instance" they
+            set weight and bias so that every layer gives as nearly as it can what the batch norm gave: least squares,
+            channel by channel.
         loss: called as loss(output, batch); with batches, it is measured before and after.
         forward: called as forward(model, batch), in place of model(batch), model(*args) or model(**dict).
         optimizer: one that holds parameters of the model. Those that the model has no more, to "frozen" or "none", are
-            taken out of it, with their state. Without it they stay there, and never get a gradient.
+            taken out of it, with their state. Without it they stay there, and never get a gradient. Those that
+            `batches` set keep their place and lose their state.
         process_group: to "sync", whose batches are one; None is all ranks, or what torch's layer had.
         dims: of a SyncBatchNorm that was none other before, the dimensions behind N and C.
         ghost_size: to "ghost", the samples of a slice; see `GhostBatchNorm2d`.
         limits: to "renorm"; see `BatchRenorm2d`.
-        groups: to "group", how many; by default the largest number up to 32 that divides the channels and leaves 4 in
-            each.
+        groups: to "group", how many. By default the number for which the error is least, layer by layer; without
+            batches the largest up to 32 that divides the channels and leaves 4 in each.
+        method: how weight and bias are found. "layer_by_layer": behind layers that are converted already, so that each
+            makes up for those before it; two runs of every batch for each layer. "one_pass": all at once. None: they
+            stay as they are.
+        progress: called with the runs of a batch that are done, and of how many.
 
     Returns: what was done; `print` it.
 
@@ -99,6 +111,8 @@ def convert_(
     layers = _chosen(model, only, leave)
     known = paths(model)
     examples = None if batches is None else Examples(batches, forward, loss)
+    if method is not None and method not in METHODS:
+        raise InputError(f"convert_ got method={method!r}, expected one of {', '.join(map(repr, METHODS))}, or None.")
     if examples is None and loss is not None:
         raise InputError("convert_ got a loss= and no batches= to measure it on.")
     if optimizer is not None:
@@ -108,8 +122,12 @@ def convert_(
     leaving = [path for path, layer, plan in plans if {*plan.constants, *plan.gone} & {*layer._parameters}]
     ensure_not_awaited(model, leaving, what)
     before = None if examples is None else examples.run(model)
+    fits: dict[nn.Module, Fit] = {}
+    if examples is not None and method is not None and to in WITHIN_SAMPLE and plans:
+        found = [(path, layer) for path, layer, _ in plans]
+        fits = calibrate(model, found, to, groups, examples, method, progress)
     with _restored(model, plans, optimizer, examples is not None):
-        log = _carry_out(plans, known, optimizer, what)
+        log = _carry_out(plans, fits, known, optimizer, what)
         after = None if examples is None else examples.run(model)
     difference = None if before is None or after is None else effect(before, after)
     return Change(model, tuple(log), _left(model, rule, known), difference=difference)
@@ -175,23 +193,43 @@ def _restored(model: nn.Module, plans: Planned, optimizer: Optimizer | None, has
         raise
 
 
-def _carry_out(plans: Planned, known: dict[int, list[str]], optimizer: Optimizer | None, what: str) -> list[Converted]:
+def _carry_out(
+    plans: Planned, fits: dict[nn.Module, Fit], known: dict[int, list[str]], optimizer: Optimizer | None, what: str
+) -> list[Converted]:
     refusals, log = [], []
     for path, layer, plan in plans:
-        before = named(own_class(layer))
-        held = dict(layer._parameters)
+        before, held, fit = named(own_class(layer)), dict(layer._parameters), fits.get(layer)
+        if fit is not None and "num_groups" in plan.attributes:
+            plan = replace(plan, attributes=plan.attributes | {"num_groups": fit.groups})
         try:
             notes = [become(layer, plan)]
         except InputError as refusal:
             refusals.append((path, str(refusal)))
             continue
-        if optimizer is not None:
-            left = [one for name, one in held.items() if one is not None and name not in layer._parameters]
-            notes += ["taken out of the optimizer"] if take_out_(optimizer, left) else []
-        log.append(Converted(tuple(known[id(layer)]), before, named(own_class(layer)), "; ".join(filter(None, notes))))
+        notes += [] if fit is None else [put_fit_(layer, fit)]
+        notes += [_groups(plan.attributes["num_groups"])] if "num_groups" in plan.attributes else []
+        notes += ["never called"] if fits and fit is None else []
+        notes += [] if optimizer is None else [_tell(optimizer, layer, held, fit)]
+        error = None if fit is None else fit.error
+        note = "; ".join(filter(None, notes))
+        log.append(Converted(tuple(known[id(layer)]), before, named(own_class(layer)), note, error))
     if refusals:
         raise InputError(_about(refusals, what))
     return log
+
+
+def _groups(number: int) -> str:
+    return "1 group" if number == 1 else f"{number} groups"
+
+
+def _tell(optimizer: Optimizer, layer: nn.Module, held: dict[str, nn.Parameter | None], fit: Fit | None) -> str:
+    """Tell the optimizer about the parameters of a layer that are gone, or are others now; what was done."""
+    gone = [one for name, one in held.items() if one is not None and layer._parameters.get(name) is not one]
+    if take_out_(optimizer, gone):
+        return "taken out of the optimizer"
+    if fit is not None and forget_(optimizer, [one for one in held.values() if one is not None]):
+        return "state in the optimizer dropped"
+    return ""
 
 
 def _about(refusals: list[tuple[str, str]], what: str) -> str:

@@ -18,12 +18,14 @@ class Converted:
         paths: where it is in the model; a shared layer has several.
         before, after: its class.
         note: what is to be known about it, or nothing.
+        error: how far its own output is from what it was, in deviations, where weight and bias were made to fit.
     """
 
     paths: tuple[str, ...]
     before: str
     after: str
     note: str = ""
+    error: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,8 +52,10 @@ class Change:
         lines = [f"{_counted(len(self.log))} {self.done}"]
         kinds = sorted(self.log, key=lambda one: (one.before, one.after, one.note))
         for (before, after, note), group in groupby(kinds, key=lambda one: (one.before, one.after, one.note)):
-            paths = [" = ".join(one.paths) or "the model" for one in group]
-            lines.append(f"  {len(paths)} {before} -> {after}: {_listed(paths)}" + (f" ({note})" if note else ""))
+            alike = list(group)
+            paths = [" = ".join(one.paths) or "the model" for one in alike]
+            notes = ", ".join(filter(None, (note, _errors(alike))))
+            lines.append(f"  {len(paths)} {before} -> {after}: {_listed(paths)}" + (f" ({notes})" if notes else ""))
         lines += [f"  left {path}: {reason}" for path, reason in self.left.items()]
         if self.difference is not None:
             lines += [f"  {line}" for line in repr(self.difference).splitlines()]
@@ -65,3 +69,11 @@ def _counted(number: int) -> str:
 def _listed(paths: list[str]) -> str:
     more = f" and {len(paths) - LISTED} more" if len(paths) > LISTED else ""
     return ", ".join(paths[:LISTED]) + more
+
+
+def _errors(alike: list[Converted]) -> str:
+    errors = sorted(one.error for one in alike if one.error is not None)
+    if not errors:
+        return ""
+    least, most = f"{errors[0]:.2g}", f"{errors[-1]:.2g}"
+    return f"error {least}" if least == most else f"error {least} to {most}"
