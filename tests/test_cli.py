@@ -178,7 +178,7 @@ def test_only_the_rules_that_were_asked_for_are_checked(recipe):
 def test_a_diagnosis_as_json_is_data_alone(recipe):
     ended = ran("doctor", recipe(BROKEN_STATISTICS + "print('loading')"), "--format", "json")
     found = json.loads(ended.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
-    assert found["schema_version"] == 1
+    assert found["schema_version"] == 2
     assert found["findings"][0]["where"] == "1"
     assert ended.stderr == "loading\n"  # what a recipe prints is no result
 
@@ -370,7 +370,7 @@ class Bomb:
         (("lab", "digits", "--batch-sizes", "2,", "4"), "lab got more than it takes, '4'"),
         (("doctor", "digits", "--batch-size", "x"), "--batch-size got 'x': expected a whole number from 1 on."),
         (("doctor", "digits", "--seed", "-1"), "--seed got '-1': expected a whole number from 0 on."),
-        (("doctor", "digits", "--format", "pdf"), "--format got 'pdf': expected text, json or html."),
+        (("doctor", "digits", "--format", "pdf"), "--format got 'pdf': expected text, json, html, sarif or github."),
         (("doctor", "digits", "--traceback=3"), "--traceback got a value"),
         (("doctor",), "doctor got no RECIPE: expected a shipped recipe (digits), a .py file or a module."),
         (("explain",), "explain got no CODE: expected the code of a rule, such as SN104."),

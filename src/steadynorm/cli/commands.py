@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from textwrap import dedent
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import steadynorm
-from steadynorm.cli.output import CLEAN, FINDINGS, Format, output, say, worded, working, writing
-from steadynorm.cli.usage import Group, format_named, positive, whole
+from steadynorm.cli import examining
+from steadynorm.cli.options import FormatOption, OutOption, RecipeName, TracebackOption, words
+from steadynorm.cli.output import CLEAN, FINDINGS, Format, output, worded, working, writing
+from steadynorm.cli.usage import Group, positive, whole
 from steadynorm.errors import InputError
-from steadynorm.report import Block, Code, Document, Paragraph, Table, ensure_writable, terminal
+from steadynorm.report import Document, Table, ensure_writable, terminal
 
 if TYPE_CHECKING:
     from steadynorm.lab import Study
@@ -29,20 +30,6 @@ DEMO_BATCH_SIZES = (2, 4, 8, 16, 32)
 DEMO_NORMS = ("batch", "group", "layer", "none")
 DEMO_SEEDS = 3
 DEMO_STEPS = 80
-
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe (digits), a .py file or a module.")]
-FormatOption = Annotated[
-    Format | None,
-    typer.Option(
-        "--format",
-        parser=format_named,
-        metavar="FORMAT",
-        help="text, json or html; text unless --out ends in .json or .html.",
-    ),
-]
-OutOption = Annotated[Path | None, typer.Option("--out", help="Write the result to this file.")]
-TracebackOption = Annotated[bool, typer.Option("--traceback", help="Show the whole traceback of an error.")]
-SeedOption = Annotated[int, typer.Option(parser=whole(0), metavar="NUMBER", help="Of the training and of the data.")]
 
 
 def main() -> None:
@@ -63,46 +50,7 @@ def _options(
     pass
 
 
-@app.command()
-def doctor(
-    recipe: RecipeName,
-    weights: Annotated[Path | None, typer.Option(help="A .safetensors or .pt file for the recipe's model.")] = None,
-    select: Annotated[str, typer.Option(help="Only these rules, or all that begin so: SN104,SN2.")] = "",
-    ignore: Annotated[str, typer.Option(help="All but these rules.")] = "",
-    batch_size: Annotated[int, typer.Option(parser=whole(1), metavar="NUMBER", help="Samples per batch.")] = 32,
-    seed: SeedOption = 0,
-    fix: Annotated[
-        Path | None, typer.Option(help="Write the weights, safely repaired, to this .safetensors or .pt file.")
-    ] = None,
-    format: FormatOption = None,
-    out: OutOption = None,
-    traceback: TracebackOption = False,
-) -> None:
-    """Find the normalization faults of a model, each proved by a measurement. Exit code 1 if there are any."""
-    with worded(traceback):
-        from steadynorm import doctor as clinic
-        from steadynorm.cli import repaired
-        from steadynorm.recipe import load
-
-        result = output(format, out, f"doctor-{Path(recipe).stem}")
-        if fix is not None:
-            repaired.ensure_possible(fix)
-        wanted, unwanted = words(select), words(ignore)
-        with working(f"doctor {recipe}") as advance:
-            loaded = load(recipe, weights)
-            model, diagnosis = clinic.examine_recipe(
-                loaded, batch_size=batch_size, seed=seed, select=wanted, ignore=unwanted, on_progress=advance
-            )
-            document, data = diagnosis.document(), diagnosis.to_dict()
-        if fix is not None:
-            with working(f"repair {recipe}"):
-                repair = repaired.repair(
-                    model, diagnosis, loaded, fix, batch_size=batch_size, select=wanted, ignore=unwanted
-                )
-            document, data, diagnosis = repair.document(document), {**data, "repair": repair.to_dict()}, repair.after
-            say(f"the repaired weights are in {fix}.")
-        result.write([document], data, document.title)
-        raise typer.Exit(CLEAN if diagnosis.is_clean else FINDINGS)
+app.command()(examining.doctor)
 
 
 @app.command()
@@ -184,29 +132,8 @@ def run_lab(
         )
 
 
-@app.command()
-def explain(
-    code: Annotated[str, typer.Argument(metavar="CODE", help="The code of a rule, such as SN104.")],
-    traceback: TracebackOption = False,
-) -> None:
-    """Say why a rule exists, with an example that it finds and one that it does not."""
-    with worded(traceback):
-        from steadynorm import doctor as clinic
-
-        terminal.show(explanation(clinic.explain(code)), terminal.console())
-
-
-def explanation(text: str) -> Document:
-    """The documentation of a rule as a document: paragraphs flow to the width of the terminal, examples stay."""
-    name, advice, *parts = text.strip().split("\n\n")
-    blocks: list[Block] = []
-    for part in parts:
-        head, _, body = part.partition("\n")
-        if body.startswith(" "):
-            blocks += [Paragraph(head), Code(dedent(body))]
-        else:
-            blocks.append(Paragraph(" ".join(part.split())))
-    return Document(name, " ".join(advice.split()), "note", blocks)
+app.command()(examining.explain)
+app.command()(examining.undo)
 
 
 @app.command()
@@ -236,8 +163,8 @@ def demo(
         for name in ("digits", "digits_faulty"):
             with working(f"doctor {name}") as advance:
                 _, diagnosis = clinic.examine_recipe(load(name), on_progress=advance)
-            documents.append(diagnosis.document())
-            terminal.show(documents[-1], console)
+            terminal.show(diagnosis.document(), console)
+            documents.append(diagnosis.page())
         study = run_lab(
             "digits",
             batch_sizes=DEMO_BATCH_SIZES,
@@ -249,11 +176,6 @@ def demo(
         documents.append(study.document())
         terminal.show(documents[-1], console)
         result.write(documents, {}, "steadynorm on handwritten digits")
-
-
-def words(text: str) -> tuple[str, ...]:
-    """The words of a list with commas; spaces do not matter."""
-    return tuple(word for word in (part.strip() for part in text.split(",")) if word)
 
 
 def numbers(text: str, option: str) -> tuple[int, ...]:

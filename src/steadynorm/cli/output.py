@@ -29,9 +29,13 @@ class Format(StrEnum):
     TEXT = "text"
     JSON = "json"
     HTML = "html"
+    SARIF = "sarif"
+    GITHUB = "github"
 
 
-SUFFIXES = {".html": Format.HTML, ".htm": Format.HTML, ".json": Format.JSON}
+# What every command can write; the others are for those that find something in somebody's code.
+PLAIN = (Format.TEXT, Format.JSON, Format.HTML)
+SUFFIXES = {".html": Format.HTML, ".htm": Format.HTML, ".json": Format.JSON, ".sarif": Format.SARIF}
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,23 @@ class Output:
         if self.path is None:
             self._print(documents, data)
             return
-        if self.format is Format.HTML:
-            from steadynorm.report import html
+        self.write_text(self._text(documents, data, title))
 
-            text = html.render(documents, title)
-        elif self.format is Format.JSON:
-            text = as_json(data)
-        else:
-            text = _as_text(documents)
+    def write_text(self, text: str) -> None:
+        """Write a result that is text already."""
+        if self.path is None:
+            typer.echo(text, nl=False)
+            return
         with writing(self.path):
             write_text(self.path, text)
         typer.echo(self.path.resolve())
+
+    def _text(self, documents: Sequence[Document], data: Mapping[str, Any], title: str) -> str:
+        if self.format is Format.HTML:
+            from steadynorm.report import html
+
+            return html.render(documents, title)
+        return as_json(data) if self.format is Format.JSON else _as_text(documents)
 
     def _print(self, documents: Sequence[Document], data: Mapping[str, Any]) -> None:
         if self.format is Format.JSON:
@@ -67,18 +77,21 @@ class Output:
             terminal.show(document, console)
 
 
-def output(chosen: Format | None, path: Path | None, name: str) -> Output:
+def output(chosen: Format | None, path: Path | None, name: str, extra: Sequence[Format] = ()) -> Output:
     """The output that the options ask for, found to be possible before any long work starts.
 
     Args:
         chosen: the format; None takes it from the suffix of `path`, else text.
         path: the file; None is standard output, for HTML a file in the folder ``reports``.
         name: of that file.
+        extra: formats beside the plain ones that the command can write.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or not in this format by this command.
     """
     taken = chosen or (SUFFIXES.get(path.suffix.lower()) if path else None) or Format.TEXT
+    if taken not in (*PLAIN, *extra):
+        raise InputError(f"this command cannot write {taken}: expected {', '.join(PLAIN[:-1])} or {PLAIN[-1]}.")
     if taken is Format.HTML:
         from steadynorm.report import html  # noqa: F401  a missing extra is said now and not after the work
 

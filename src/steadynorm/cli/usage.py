@@ -44,11 +44,15 @@ def positive(given: Any) -> float:
     return number
 
 
-def format_named(given: Any) -> Format:
-    """A format by its name."""
-    if str(given) not in list(Format):
-        raise typer.BadParameter(f"got {str(given)!r}: expected {', '.join(list(Format)[:-1])} or {list(Format)[-1]}")
-    return Format(given)
+def format_among(formats: Sequence[Format]) -> Callable[[Any], Format]:
+    """A reader of a format by its name."""
+
+    def read(given: Any) -> Format:
+        if str(given) not in formats:
+            raise typer.BadParameter(f"got {str(given)!r}: expected {', '.join(formats[:-1])} or {formats[-1]}")
+        return Format(given)
+
+    return read
 
 
 class Group(TyperGroup):
