@@ -6,13 +6,14 @@ is dy · apply'(z). Where the derivative is zero `back` is zero, whatever `dy` i
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+from steadynorm.kernels.cpu.frontend import inlined
 from steadynorm.kernels.cpu.simd import (
     Storage,
     absolute,
     fma,
-    inlined,
     nearest_whole,
     polynomial,
     scaled_by_power_of_two,
@@ -48,6 +49,7 @@ TAIL = {
 Kernel = Callable[..., Any]
 
 
+@cache
 def _expm1(storage: Storage) -> Kernel:
     """exp(x) − 1 for x in the range of normal numbers: 2^k · (e^r − 1) + (2^k − 1) with r = x − k·ln 2."""
     splat = storage.splat
@@ -71,6 +73,7 @@ def _expm1(storage: Storage) -> Kernel:
     return expm1
 
 
+@cache
 def _sigmoid(storage: Storage) -> Kernel:
     splat, expm1 = storage.splat, _expm1(storage)
 
@@ -81,6 +84,7 @@ def _sigmoid(storage: Storage) -> Kernel:
     return sigmoid
 
 
+@cache
 def _normal(storage: Storage) -> tuple[Kernel, Kernel]:
     """exp(−z²/2), and the normal distribution function Φ(z) given it."""
     splat, expm1 = storage.splat, _expm1(storage)
@@ -100,6 +104,7 @@ def _normal(storage: Storage) -> tuple[Kernel, Kernel]:
     return bell, distribution
 
 
+@cache
 def make(storage: Storage, name: str | None) -> tuple[Kernel, Kernel]:
     """`apply(z)` and `back(z, dy)` of an activation; for None the identity."""
     makers: dict[str | None, Callable[[Storage], tuple[Kernel, Kernel]]] = {
@@ -115,6 +120,7 @@ def make(storage: Storage, name: str | None) -> tuple[Kernel, Kernel]:
     return makers[name](storage)
 
 
+@cache
 def _identity(storage: Storage) -> tuple[Kernel, Kernel]:
     @inlined
     def apply(z: Any) -> Any:
@@ -127,6 +133,7 @@ def _identity(storage: Storage) -> tuple[Kernel, Kernel]:
     return apply, back
 
 
+@cache
 def _leaky(storage: Storage, below: float) -> tuple[Kernel, Kernel]:
     splat = storage.splat
     is_relu = below == 0.0
@@ -145,6 +152,7 @@ def _leaky(storage: Storage, below: float) -> tuple[Kernel, Kernel]:
     return apply, back
 
 
+@cache
 def _relu6(storage: Storage) -> tuple[Kernel, Kernel]:
     splat = storage.splat
 
@@ -160,6 +168,7 @@ def _relu6(storage: Storage) -> tuple[Kernel, Kernel]:
     return apply, back
 
 
+@cache
 def _hardswish(storage: Storage) -> tuple[Kernel, Kernel]:
     splat = storage.splat
     sixth = 1 / 6
@@ -180,6 +189,7 @@ def _hardswish(storage: Storage) -> tuple[Kernel, Kernel]:
     return apply, back
 
 
+@cache
 def _silu(storage: Storage) -> tuple[Kernel, Kernel]:
     splat, sigmoid = storage.splat, _sigmoid(storage)
 
@@ -195,6 +205,7 @@ def _silu(storage: Storage) -> tuple[Kernel, Kernel]:
     return apply, back
 
 
+@cache
 def _gelu(storage: Storage) -> tuple[Kernel, Kernel]:
     splat = storage.splat
     bell, distribution = _normal(storage)
@@ -212,6 +223,7 @@ def _gelu(storage: Storage) -> tuple[Kernel, Kernel]:
     return apply, back
 
 
+@cache
 def _elu(storage: Storage) -> tuple[Kernel, Kernel]:
     splat, expm1 = storage.splat, _expm1(storage)
 

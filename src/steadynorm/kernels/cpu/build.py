@@ -99,19 +99,12 @@ def _alone(path: Path) -> Iterator[None]:
 def _compile(kernel: Callable[[int], None], name: str) -> bytes:
     """Machine code of a kernel, under its name."""
     import llvmlite.binding as llvm
-    import numba
-    from numba.core.compiler_lock import global_compiler_lock
 
-    # Numba optimizes every function of a kernel, and then the whole again; once is enough, and half the time.
-    config: Any = numba.config
-    with global_compiler_lock:
-        level, config.OPT = config.OPT, type(config.OPT)(0)
-        try:
-            compiled = numba.cfunc(numba.void(numba.int64), error_model="numpy")(kernel)
-        finally:
-            config.OPT = level
-    module = llvm.parse_assembly(compiled.inspect_llvm())
-    module.get_function(compiled.native_name).name = f"steadynorm_{name}"
+    from steadynorm.kernels.cpu.frontend import llvm_of
+
+    text, entry = llvm_of(kernel)
+    module = llvm.parse_assembly(text)
+    module.get_function(entry).name = f"steadynorm_{name}"
     machine = _target_machine()
     options = llvm.create_pipeline_tuning_options(speed_level=3)
     # The loops are vectors already, and wait for memory: copies of them only take longer to compile.

@@ -14,6 +14,7 @@ The end of a run that does not fill a vector is done by a vector that ends with 
 masked stores cost ten times as much on some processors. Runs shorter than a vector have to be masked.
 """
 
+from functools import cache
 from typing import Any
 
 import numba
@@ -27,18 +28,19 @@ from steadynorm.kernels.cpu.arguments import (
     STATISTICS,
     SUMS,
 )
+from steadynorm.kernels.cpu.frontend import inlined
 from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
     first_lane,
     fma,
-    inlined,
     keep_last,
     lanes_sum,
     load_f64,
     load_i64,
     next_ticket,
     parameter,
+    smaller,
     square_root_of,
     store_f64,
     stores_fence,
@@ -70,6 +72,7 @@ def _clear(slot: Any) -> Any:
     store_f64(slot + OTHER, 0.0)
 
 
+@cache
 def _coefficients(storage: Storage) -> Any:
     is_double, keep = storage.is_double, storage.store_lane
 
@@ -101,13 +104,14 @@ def _over_tasks(run: Any) -> Any:
         slots = load_i64(args + at.SCRATCH * 8) + next_ticket(args + at.WORKERS * 8) * block * SLOT_BYTES
         task = next_ticket(args)
         while task < tasks:
-            run(args, stages, slots, task * block, min(task * block + block, group))
+            run(args, stages, slots, task * block, smaller(task * block + block, group))
             task = next_ticket(args)
         stores_fence()
 
     return kernel
 
 
+@cache
 def make_take(storage: Storage) -> Any:
     """How a vector is read that may be cut short."""
     load, load_first, splat = storage.load, storage.load_first, storage.splat
@@ -122,6 +126,7 @@ def make_take(storage: Storage) -> Any:
     return take
 
 
+@cache
 def _make_write(storage: Storage, factors_of: Any, value_at: Any) -> Any:
     """Write a block, each vector made by `value_at(operands, o, n, factors)`.
 
@@ -134,7 +139,7 @@ def _make_write(storage: Storage, factors_of: Any, value_at: Any) -> Any:
 
     @inlined
     def streamed(operands: Any, o: Any, out: Any, inner: Any, factors: Any) -> Any:
-        i = min((-(out // size)) % LANES, inner)
+        i = smaller((-(out // size)) % LANES, inner)
         if i > 0:
             store_first(out, i, value_at(operands, o, i, factors))
         while i + LANES <= inner:
@@ -187,6 +192,7 @@ def make_forward(storage: Storage, activation: str | None, has_residual: bool) -
     return _over_tasks(run)
 
 
+@cache
 def _make_statistics(storage: Storage) -> Any:
     load, load_splat, size = storage.load, storage.load_splat, storage.bytes
     keep, lane, (_, about, _) = storage.store_lane, storage.load_lane, make_sums(storage)
@@ -211,7 +217,7 @@ def _make_statistics(storage: Storage) -> Any:
                 row, slot = x + (n * group + c) * inner * size, slots + (c - first) * SLOT_BYTES
                 pivot = lane(slot + HIGH)
                 for start in range(0, inner, CHUNK):
-                    total, squares = about(row, start, min(start + CHUNK, inner), inner, pivot)
+                    total, squares = about(row, start, smaller(start + CHUNK, inner), inner, pivot)
                     _add_to(slot, total, squares)
         count = outer * inner
         for c in range(first, last):
@@ -226,6 +232,7 @@ def _make_statistics(storage: Storage) -> Any:
     return statistics
 
 
+@cache
 def _make_normalize(storage: Storage, activation: str | None, has_residual: bool) -> Any:
     apply, _ = activations.make(storage, activation)
     coefficients, take, lane = _coefficients(storage), make_take(storage), storage.load_lane
@@ -282,6 +289,7 @@ def operands_of(args: Any) -> Any:
     return x, dy, load_i64(args + at.SIDE * 8), load_i64(args + at.G * 8)
 
 
+@cache
 def make_gradient(storage: Storage, activation: str | None, side: str) -> Any:
     """How g is made: g = dy · activation'(z): z is computed again, or the output tells on which side it is."""
     _, back = activations.make(storage, activation)
@@ -303,6 +311,7 @@ def make_gradient(storage: Storage, activation: str | None, side: str) -> Any:
     return gradient
 
 
+@cache
 def _make_sums(storage: Storage, gradient: Any, keeps_g: bool) -> Any:
     load, load_first, store, store_first = storage.load, storage.load_first, storage.store, storage.store_first
     splat, size, coefficients, lane = storage.splat, storage.bytes, _coefficients(storage), storage.load_lane
@@ -362,7 +371,7 @@ def _make_sums(storage: Storage, gradient: Any, keeps_g: bool) -> Any:
                     add_short(operands, o, inner, factors, slot)
                 else:
                     for start in range(0, inner, CHUNK):
-                        add(operands, o, start, min(start + CHUNK, inner), inner, factors, slot)
+                        add(operands, o, start, smaller(start + CHUNK, inner), inner, factors, slot)
         for c in range(first, last):
             slot = slots + (c - first) * SLOT_BYTES
             rest_of_mean, invstd, _ = coefficients(args, slot, c)
@@ -374,6 +383,7 @@ def _make_sums(storage: Storage, gradient: Any, keeps_g: bool) -> Any:
     return sums
 
 
+@cache
 def _make_input(storage: Storage, gradient: Any, keeps_g: bool) -> Any:
     coefficients, take = _coefficients(storage), make_take(storage)
     keep, lane = storage.store_lane, storage.load_lane

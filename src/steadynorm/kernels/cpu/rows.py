@@ -11,6 +11,7 @@ Sums per block are kept as float64, of values less a pivot (the channel's first 
 blocks, which do not depend on the number of threads.
 """
 
+from functools import cache
 from typing import Any
 
 import numba
@@ -18,18 +19,19 @@ import numba
 from steadynorm.kernels.cpu import activations
 from steadynorm.kernels.cpu import arguments as at
 from steadynorm.kernels.cpu.arguments import TO_BACK, TO_COEFFICIENTS, TO_MOMENTS, TO_SUMS
+from steadynorm.kernels.cpu.frontend import inlined
 from steadynorm.kernels.cpu.planes import make_gradient, make_take, operands_of
 from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
     first_lane,
     fma,
-    inlined,
     load_f64,
     load_i64,
     load_v64,
     next_ticket,
     parameter,
+    smaller,
     splat64,
     square_root_of,
     store_f32,
@@ -58,6 +60,7 @@ def clear(sums: Any, narrow: Any, width: Any, lane: Any) -> Any:
         store_vector(sums + j, splat64(0.0))
 
 
+@cache
 def _make_flush(storage: Storage) -> Any:
     """Add the narrow sums of all columns to the wide ones, and start them again from zero."""
     load_lanes, lane, splat = storage.load_lanes, storage.lane_bytes, storage.splat
@@ -71,6 +74,7 @@ def _make_flush(storage: Storage) -> Any:
     return flush
 
 
+@cache
 def make_columns(storage: Storage) -> Any:
     """The work between the sweeps, on one thread: sums of blocks to statistics, statistics to coefficients."""
     load_splat = storage.load_splat
@@ -170,7 +174,7 @@ def _blocks(block_of_rows: Any) -> Any:
         task = next_ticket(args)
         while task < tasks:
             first = task * block
-            block_of_rows(args, task, first, min(first + block, rows) - first, columns)
+            block_of_rows(args, task, first, smaller(first + block, rows) - first, columns)
             if task == tasks - 1 and extra > 0:
                 block_of_rows(args, task, rows, 1, extra)
             task = next_ticket(args)
@@ -239,6 +243,7 @@ def make_normalize(storage: Storage, activation: str | None, has_residual: bool)
     return _blocks(block)
 
 
+@cache
 def _make_write(storage: Storage, value_at: Any) -> Any:
     """Write a block of rows, each vector made by `value_at(operands, o, n, coefficients, width)`."""
     store, store_first, stream = storage.store, storage.store_first, storage.stream

@@ -4,9 +4,10 @@ import math
 from typing import Any
 
 from steadynorm.kernels.cpu import arguments as at
+from steadynorm.kernels.cpu.frontend import inlined
 from steadynorm.kernels.cpu.simd import (
     Storage,
-    inlined,
+    larger,
     load_f64,
     load_i64,
     parameter,
@@ -39,7 +40,7 @@ def make_update(_: Storage) -> Any:
             store_i64(counter, load_i64(counter) + 1)
             if math.isnan(weight):
                 weight = 1.0 / load_i64(counter)
-        unbiased = count / max(count - 1.0, 1.0)
+        unbiased = count / larger(count - 1.0, 1.0)
         size = load_i64(args + at.WEIGHT_BYTES * 8)
         for c in range(group):
             move(load_i64(args + at.X * 8), size, c, load_f64(mean + c * 8), weight)

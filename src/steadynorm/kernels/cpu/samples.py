@@ -10,11 +10,13 @@ nor an outlier costs digits. Chunks are pooled in float64.
 """
 
 import ctypes
+from functools import cache
 from typing import Any
 
 import numba
 from llvmlite import ir
 
+from steadynorm.kernels.cpu.frontend import inlined
 from steadynorm.kernels.cpu.simd import (
     F32,
     F64,
@@ -25,14 +27,15 @@ from steadynorm.kernels.cpu.simd import (
     _call,
     _first_lanes,
     fma,
-    inlined,
     intrinsic,
     keep_last,
     lanes_sum,
+    larger,
     load_f64,
     load_i64,
     next_ticket,
     parameter,
+    smaller,
     store_f32,
     store_f64,
     stores_fence,
@@ -129,6 +132,7 @@ def load_bool(typingctx: Any, address: Any) -> Any:
     return numba.types.int64(numba.types.int64), codegen
 
 
+@cache
 def make_load_valid(storage: Storage) -> Any:
     """`load_valid(address)`: 16 bools as 1 and 0; `load_valid_first(address, n)`: `n` of them, and 0."""
     lane = F64 if storage.is_double else F32
@@ -243,7 +247,7 @@ def over_units(first: Any, between: Any, second: Any) -> Any:
         tasks, block, units = place(args, TASKS), place(args, BLOCK), place(args, UNITS)
         task = next_ticket(args)
         while task < tasks:
-            for unit in range(task * block, min((task + 1) * block, units)):
+            for unit in range(task * block, smaller((task + 1) * block, units)):
                 first(args, unit, 0, slot)
                 between(args, unit, slot)
                 second(args, unit, 0, slot)
@@ -292,6 +296,7 @@ def pool(count: Any, mean: Any, var: Any, other_count: Any, other_mean: Any, oth
     return both, mean + step * share, var + (other_var - var + step * step * (1.0 - share)) * share
 
 
+@cache
 def make_run_moments(storage: Storage) -> Any:
     """`moments(run, n, 1 / n, is_centred)`: mean and variance of a run; not centred 0 and the mean square."""
     total, about, squares = make_sums(storage)
@@ -320,15 +325,15 @@ def make_run_moments(storage: Storage) -> Any:
         mean = var = 0.0
         if not is_centred:
             for start in range(0, n, CHUNK):
-                var += lanes_sum(widen(squares(run, start, min(start + CHUNK, n), n)))
+                var += lanes_sum(widen(squares(run, start, smaller(start + CHUNK, n), n)))
             return mean, var * per_count
-        head = min(HEAD if n <= 16 * HEAD else LONG_HEAD, n)
+        head = smaller(HEAD if n <= 16 * HEAD else LONG_HEAD, n)
         pivot = rounded(lanes_sum(total(run, 0, head, n)) / head)
         if n <= CHUNK:
             mean, var = chunk(run, 0, n, n, per_count, pivot)
             return mean, 0.0 if var < 0.0 else var
         for start in range(0, n, CHUNK):
-            stop = min(start + CHUNK, n)
+            stop = smaller(start + CHUNK, n)
             count = numba.float64(stop - start)
             other, spread = chunk(run, start, stop, n, 1.0 / count, pivot)
             _, mean, var = pool(numba.float64(start), mean, var, count, other, spread)
@@ -338,6 +343,7 @@ def make_run_moments(storage: Storage) -> Any:
     return moments
 
 
+@cache
 def make_masked_moments(storage: Storage) -> Any:
     """`moments(run, valid, n, is_centred)`: count, mean and variance of the valid ones of `n` values."""
     load, load_first, splat = storage.load, storage.load_first, storage.splat
@@ -356,7 +362,7 @@ def make_masked_moments(storage: Storage) -> Any:
         c = s = q = zero = splat(0.0)
         for i in range(start, stop, LANES):
             left = stop - i
-            value, is_valid = values_at(run, valid, i if left >= LANES else max(stop - LANES, 0), n)
+            value, is_valid = values_at(run, valid, i if left >= LANES else larger(stop - LANES, 0), n)
             if left < LANES and n >= LANES:
                 is_valid = keep_last(is_valid, left)
             value = where_positive(is_valid, value - pivot, zero)
@@ -367,7 +373,7 @@ def make_masked_moments(storage: Storage) -> Any:
     def moments(run: Any, valid: Any, n: Any, is_centred: Any) -> Any:
         count = mean = var = 0.0
         for start in range(0, n, CHUNK):
-            stop = min(start + CHUNK, n)
+            stop = smaller(start + CHUNK, n)
             found, total, squares = sums(run, valid, start, stop, n, splat(0.0))
             if found > 0.0:
                 if is_centred:
@@ -383,6 +389,7 @@ def make_masked_moments(storage: Storage) -> Any:
     return moments
 
 
+@cache
 def make_prepare(storage: Storage) -> Any:
     """`prepare(args, out, repeated)`: weights, then biases, in the arithmetic's precision; where they are."""
     lane, is_double = storage.lane_bytes, storage.is_double
@@ -426,7 +433,7 @@ def make_affine() -> Any:
     def task(args: Any, task: Any, scratch: Any, common: Any) -> Any:
         products, totals, repeated = place(args, PRODUCTS), place(args, TOTALS), place(args, REPEATED)
         parts, block, width = place(args, PARTS), place(args, BLOCK), place(args, GROUPS) * place(args, CHANNELS)
-        last = min((task + 1) * block, width)
+        last = smaller((task + 1) * block, width)
         dweight, dbias = place(args, DWEIGHT), place(args, DBIAS)
         for c in range(task * block, last):
             store_f64(dweight + c * 8, 0.0)
@@ -444,6 +451,7 @@ def make_affine() -> Any:
     return over_tasks((begin, task))
 
 
+@cache
 def make_add(storage: Storage) -> Any:
     """`add(x, addend, total, n)`: total = x + addend, rounded to the tensor's dtype."""
     load, load_first, splat = storage.load, storage.load_first, storage.splat
@@ -462,6 +470,7 @@ def make_add(storage: Storage) -> Any:
     return add
 
 
+@cache
 def make_zero(storage: Storage) -> Any:
     """`zero(y, n)`: n zeros."""
     store, store_first, splat, size = storage.store, storage.store_first, storage.splat, storage.bytes
@@ -477,6 +486,7 @@ def make_zero(storage: Storage) -> Any:
     return zero
 
 
+@cache
 def make_write(storage: Storage, value_at: Any) -> Any:
     """Write a run of `n` values, each vector made by `value_at(run, i, n, factors)` from element `i` on.
 

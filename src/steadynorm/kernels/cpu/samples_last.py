@@ -8,24 +8,27 @@ Columns that do not fill a vector are done by one that ends with the row and ove
 kept apart, after those of the whole vectors.
 """
 
+from functools import cache
 from typing import Any
 
 import numba
 
 from steadynorm.kernels.cpu import activations
 from steadynorm.kernels.cpu import samples as at
+from steadynorm.kernels.cpu.frontend import inlined
 from steadynorm.kernels.cpu.samples import make_add, make_write, make_zero, over_units, place, pool
 from steadynorm.kernels.cpu.samples_rows import make_narrow
 from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
     fma,
-    inlined,
     keep_last,
+    larger,
     load_f32,
     load_f64,
     load_i64,
     parameter,
+    smaller,
     square_root_of,
     store_f32,
     store_f64,
@@ -55,6 +58,7 @@ def slot_of(c: Any, columns: Any) -> Any:
     return c if c < columns - end or columns < LANES else c + LANES - end
 
 
+@cache
 def _make_part_bytes(storage: Storage) -> Any:
     """Bytes of a part: its head, its pivots, two narrow rows and two wide ones."""
     lane = storage.lane_bytes
@@ -66,6 +70,7 @@ def _make_part_bytes(storage: Storage) -> Any:
     return part_bytes
 
 
+@cache
 def _make_places(storage: Storage) -> Any:
     """Of a part: its first and last row; where its head, pivots, narrow and wide sums are."""
     lane, part_bytes = storage.lane_bytes, _make_part_bytes(storage)
@@ -78,7 +83,14 @@ def _make_places(storage: Storage) -> Any:
         head = slot + COEFFICIENTS * width * lane + part * part_bytes(columns)
         pivots = head + HEAD
         narrow = pivots + width * lane
-        return min(part * each, outer), min((part + 1) * each, outer), head, pivots, narrow, narrow + 2 * width * lane
+        return (
+            smaller(part * each, outer),
+            smaller((part + 1) * each, outer),
+            head,
+            pivots,
+            narrow,
+            narrow + 2 * width * lane,
+        )
 
     return places
 
@@ -89,6 +101,7 @@ def is_valid(mask: Any, row: Any) -> Any:
     return mask == 0 or at.load_bool(mask + row) != 0
 
 
+@cache
 def _make_lane(storage: Storage) -> Any:
     """One number in the arithmetic's precision: read, write."""
     is_double, lane = storage.is_double, storage.lane_bytes
@@ -182,6 +195,7 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
     return over_units(first, between, _make_normalize(storage, activation))
 
 
+@cache
 def _make_pivots(storage: Storage) -> Any:
     """The means of the first valid rows, column by column; zero where there are none."""
     load, load_first, load_lanes = storage.load, storage.load_first, storage.load_lanes
@@ -205,7 +219,7 @@ def _make_pivots(storage: Storage) -> Any:
             r += 1
         for i in range(0, padded(columns), LANES):
             store_vector(pivots + i * lane, splat(0.0))
-        per_row = 1.0 / max(taken, 1)
+        per_row = 1.0 / larger(taken, 1)
         for c in range(columns):
             keep(pivots, c, read(narrow, slot_of(c, columns)) * per_row)
         for i in range(0, padded(columns), LANES):
@@ -214,6 +228,7 @@ def _make_pivots(storage: Storage) -> Any:
     return set_pivots
 
 
+@cache
 def _make_gather(storage: Storage) -> Any:
     """Add a row to the narrow sums: x − pivot and its square."""
     load, load_first, load_lanes = storage.load, storage.load_first, storage.load_lanes
@@ -242,6 +257,7 @@ def _make_gather(storage: Storage) -> Any:
     return gather
 
 
+@cache
 def _make_coefficients(storage: Storage) -> Any:
     """Of every column: high, scale and shift of z = (x − high) · scale + shift."""
     is_double, lane, (_, keep) = storage.is_double, storage.lane_bytes, _make_lane(storage)
@@ -267,6 +283,7 @@ def _make_coefficients(storage: Storage) -> Any:
     return coefficients
 
 
+@cache
 def _make_normalize(storage: Storage, activation: str | None) -> Any:
     apply, _ = activations.make(storage, activation)
     load, load_first, load_lanes = storage.load, storage.load_first, storage.load_lanes
@@ -300,7 +317,7 @@ def _make_normalize(storage: Storage, activation: str | None) -> Any:
         streams = place(args, at.STREAMS) != 0
         if mask != 0:
             mask += unit * outer
-        for r in range(min(part * each, outer), min((part + 1) * each, outer)):
+        for r in range(smaller(part * each, outer), smaller((part + 1) * each, outer)):
             o = (unit * outer + r) * columns * size
             if is_valid(mask, r):
                 write((x + o, residual + o if residual != 0 else 0, slot), y + o, columns, width, streams)
@@ -343,6 +360,7 @@ def make_backward(storage: Storage, activation: str | None) -> Any:
     return over_units(first, _make_between(storage), _make_input(storage, activation))
 
 
+@cache
 def _make_gradient(storage: Storage, activation: str | None) -> Any:
     """x − high and g of a vector; lanes after the first `n` are zero in g."""
     _, back = activations.make(storage, activation)
@@ -374,6 +392,7 @@ def _make_gradient(storage: Storage, activation: str | None) -> Any:
     return values_at
 
 
+@cache
 def _make_sums(storage: Storage, activation: str | None) -> Any:
     """Add a row to the narrow sums: g and g·(x − high); g kept where asked for."""
     load_lanes, store, store_first = storage.load_lanes, storage.store, storage.store_first
@@ -386,7 +405,8 @@ def _make_sums(storage: Storage, activation: str | None) -> Any:
 
     @inlined
     def gather(run: Any, columns: Any, narrow: Any) -> Any:
-        whole, g = columns // LANES * LANES, run[3]
+        _, _, _, g, _, _ = run
+        whole = columns // LANES * LANES
         width = (whole + LANES) * lane
         end, rest = narrow + whole * lane, columns - whole
         if rest > 0:
@@ -412,6 +432,7 @@ def _make_sums(storage: Storage, activation: str | None) -> Any:
     return gather
 
 
+@cache
 def _make_between(storage: Storage) -> Any:
     """Sums of columns and of groups, and slope and centre of dx = (x − high) · slope + g · scale + centre."""
     places, is_double, lane = _make_places(storage), storage.is_double, storage.lane_bytes
@@ -428,7 +449,7 @@ def _make_between(storage: Storage) -> Any:
         rows, apart = 0, part_bytes(columns)
         for o in range(0, splits * apart, apart):
             rows += load_i64(first_head + o)
-        per_count = 1.0 / (max(rows, 1) * channels)
+        per_count = 1.0 / (larger(rows, 1) * channels)
         products = place(args, at.PRODUCTS) + unit * columns * 8
         totals = place(args, at.TOTALS) + unit * columns * 8
         for group in range(groups):
@@ -458,6 +479,7 @@ def _make_between(storage: Storage) -> Any:
     return between
 
 
+@cache
 def _make_input(storage: Storage, activation: str | None) -> Any:
     load, load_first, load_lanes, splat = storage.load, storage.load_first, storage.load_lanes, storage.splat
     size, lane, zero = storage.bytes, storage.lane_bytes, make_zero(storage)
@@ -466,8 +488,8 @@ def _make_input(storage: Storage, activation: str | None) -> Any:
     @inlined
     def value_at(run: Any, i: Any, n: Any, factors: Any) -> Any:
         inputs, dtotal = run
-        x, g, slot, o = inputs[0], inputs[3], inputs[4] + i * lane, i * size
-        nothing, width = splat(0.0), factors
+        x, _, _, g, slot, _ = inputs
+        slot, o, nothing, width = slot + i * lane, i * size, splat(0.0), factors
         if g != 0:
             centred = (load(x + o) if n == LANES else load_first(x, n, nothing)) - load_lanes(slot)
             value = load(g + o) if n == LANES else load_first(g, n, nothing)
@@ -491,7 +513,7 @@ def _make_input(storage: Storage, activation: str | None) -> Any:
         is_output, streams = place(args, at.IS_OUTPUT) != 0, place(args, at.STREAMS) != 0
         if mask != 0:
             mask += unit * outer
-        for r in range(min(part * each, outer), min((part + 1) * each, outer)):
+        for r in range(smaller(part * each, outer), smaller((part + 1) * each, outer)):
             o = (unit * outer + r) * columns * size
             if is_valid(mask, r):
                 inputs = x + o, dy + o, side + o if side != 0 else 0, g + o if g != 0 else 0, slot, is_output

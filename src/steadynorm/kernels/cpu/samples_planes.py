@@ -5,12 +5,14 @@ share each. A part of a unit is some whole channels, or a piece of one. The sums
 every sample and added at the end.
 """
 
+from functools import cache
 from typing import Any
 
 import numba
 
 from steadynorm.kernels.cpu import activations
 from steadynorm.kernels.cpu import samples as at
+from steadynorm.kernels.cpu.frontend import inlined
 from steadynorm.kernels.cpu.samples import (
     make_add,
     make_load_valid,
@@ -25,11 +27,12 @@ from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
     fma,
-    inlined,
     keep_last,
     lanes_sum,
+    larger,
     load_f64,
     parameter,
+    smaller,
     square_root_of,
     store_f64,
     where_positive,
@@ -51,9 +54,9 @@ def extent(args: Any, part: Any) -> Any:
     channels = place(args, at.CHANNELS)
     if cuts > 1:
         start = part % cuts * place(args, at.PIECE)
-        return part // cuts, part // cuts + 1, start, min(start + place(args, at.PIECE), inner)
+        return part // cuts, part // cuts + 1, start, smaller(start + place(args, at.PIECE), inner)
     each = (channels + splits - 1) // splits
-    return min(part * each, channels), min((part + 1) * each, channels), 0, inner
+    return smaller(part * each, channels), smaller((part + 1) * each, channels), 0, inner
 
 
 def make_forward(storage: Storage, activation: str | None, is_masked: bool) -> Any:
@@ -97,6 +100,7 @@ def make_forward(storage: Storage, activation: str | None, is_masked: bool) -> A
     return over_units(first, between, _make_normalize(storage, activation, is_masked))
 
 
+@cache
 def _make_coefficients(storage: Storage) -> Any:
     """Of a group: `high`, the mean as far as the precision goes, what it is too much, and 1/σ; then of a channel."""
     is_double = storage.is_double
@@ -116,6 +120,7 @@ def _make_coefficients(storage: Storage) -> Any:
     return of_group, of_channel
 
 
+@cache
 def _make_normalize(storage: Storage, activation: str | None, is_masked: bool) -> Any:
     apply, _ = activations.make(storage, activation)
     load, load_first, splat, size = storage.load, storage.load_first, storage.splat, storage.bytes
@@ -161,6 +166,7 @@ def _make_normalize(storage: Storage, activation: str | None, is_masked: bool) -
     return second
 
 
+@cache
 def _make_gradient(storage: Storage, activation: str | None, is_masked: bool) -> Any:
     """x − high and g of a vector, both zero where nothing is valid."""
     _, back = activations.make(storage, activation)
@@ -236,13 +242,14 @@ def make_backward(storage: Storage, activation: str | None, is_masked: bool) -> 
             valid = place(args, at.MASK) + unit // groups * place(args, at.INNER)
             for i in range(place(args, at.INNER)):
                 count += at.load_bool(valid + i)
-            count = max(count * channels, 1)
+            count = larger(count * channels, 1)
         store_f64(slot + FIRST, of_mean / count if place(args, at.IS_CENTRED) != 0 else 0.0)
         store_f64(slot + SECOND, of_var / count)
 
     return over_units(first, between, _make_input(storage, values_at, is_masked))
 
 
+@cache
 def _make_sums(storage: Storage, values_at: Any) -> Any:
     """Σ g and Σ g·(x − high) of a run; g kept where asked for."""
     store, store_first, splat, size = storage.store, storage.store_first, storage.splat, storage.bytes
@@ -260,7 +267,7 @@ def _make_sums(storage: Storage, values_at: Any) -> Any:
         whole = n // LANES * LANES
         for start in range(0, whole, CHUNK):
             s0 = p0 = s1 = p1 = splat(0.0)
-            stop = min(start + CHUNK, whole)
+            stop = smaller(start + CHUNK, whole)
             i = start
             while i + 2 * LANES <= stop:
                 centred, value = values_at(run, i, LANES, factors)
@@ -289,6 +296,7 @@ def _make_sums(storage: Storage, values_at: Any) -> Any:
     return sums
 
 
+@cache
 def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
     load, load_first, splat, size = storage.load, storage.load_first, storage.splat, storage.bytes
     of_group, of_channel = _make_coefficients(storage)
@@ -298,7 +306,8 @@ def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
     def value_at(run: Any, i: Any, n: Any, factors: Any) -> Any:
         inputs, g, dtotal = run
         to_z, (weight, slope, centre, invstd) = factors
-        x, valid, high, zero, o = inputs[0], inputs[3], to_z[0], splat(0.0), i * size
+        x, _, _, valid, _ = inputs
+        high, zero, o = to_z[0], splat(0.0), i * size
         if g != 0:
             centred = load(x + o) - high if n == LANES else load_first(x, n, high) - high
             value = load(g + o) if n == LANES else load_first(g, n, zero)

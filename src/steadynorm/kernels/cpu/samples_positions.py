@@ -5,22 +5,24 @@ in the second cache. Every lane is a position, so that statistics need no sums o
 do, and are kept as a vector for every channel, widened every FLUSH tiles.
 """
 
+from functools import cache
 from typing import Any
 
 import numba
 
 from steadynorm.kernels.cpu import activations
 from steadynorm.kernels.cpu import samples as at
+from steadynorm.kernels.cpu.frontend import inlined
 from steadynorm.kernels.cpu.samples import make_add, make_prepare, make_write, narrowed, over_tasks, place
 from steadynorm.kernels.cpu.samples_rows import make_gradient, make_narrow
 from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
     fma,
-    inlined,
     lanes_sum,
     load_f64,
     load_v64,
+    smaller,
     splat64,
     square_root_of,
     store_f64,
@@ -45,6 +47,7 @@ def whole(n: Any) -> Any:
     return (n + LANES - 1) // LANES * LANES
 
 
+@cache
 def _make_unit(storage: Storage) -> Any:
     """Of a unit: its sample, its first position, how many, and where its first value is, in values."""
 
@@ -53,11 +56,12 @@ def _make_unit(storage: Storage) -> Any:
         tile, inner = place(args, at.PIECE), place(args, at.INNER)
         tiles = (inner + tile - 1) // tile
         sample, first = unit // tiles, unit % tiles * tile
-        return sample, first, min(tile, inner - first), sample * place(args, at.CHANNELS) * inner + first
+        return sample, first, smaller(tile, inner - first), sample * place(args, at.CHANNELS) * inner + first
 
     return unit_of
 
 
+@cache
 def _make_rows(storage: Storage) -> Any:
     """Bytes from one narrow row to the next, and a row's lanes set to a value."""
     splat, lane = storage.splat, storage.lane_bytes
@@ -70,6 +74,7 @@ def _make_rows(storage: Storage) -> Any:
     return fill
 
 
+@cache
 def _make_coefficients(storage: Storage, is_masked: bool) -> Any:
     """Of every position of a tile: high, the mean as far as the precision goes, 1/σ, and (high − mean) / σ."""
     is_double, lane, keep = storage.is_double, storage.lane_bytes, storage.store_lane
@@ -117,7 +122,7 @@ def make_forward(storage: Storage, activation: str | None, is_masked: bool) -> A
         x = total if total != 0 else place(args, at.X)
         wide = rows + ROWS * width * lane
         fill(rows, width * ROWS, 0.0)
-        for unit in range(task * block, min((task + 1) * block, place(args, at.UNITS))):
+        for unit in range(task * block, smaller((task + 1) * block, place(args, at.UNITS))):
             sample, first, n, start = unit_of(args, unit)
             if total != 0:
                 for c in range(channels):
@@ -130,6 +135,7 @@ def make_forward(storage: Storage, activation: str | None, is_masked: bool) -> A
     return over_tasks((begin, task))
 
 
+@cache
 def _make_statistics(storage: Storage) -> Any:
     """Mean and variance of every position, CHANNELS_ADDED channels at a time, about the mean of those before.
 
@@ -157,7 +163,7 @@ def _make_statistics(storage: Storage) -> Any:
             store_vector(squares + i, splat(0.0))
         for i in range(0, 2 * whole(place(args, at.PIECE)), LANES):
             store_vector(wide + i * 8, splat64(0.0))
-        head = min(channels, CHANNELS_ADDED)
+        head = smaller(channels, CHANNELS_ADDED)
         if is_centred:
             for c in range(head):
                 for i in range(0, n, LANES):
@@ -167,7 +173,7 @@ def _make_statistics(storage: Storage) -> Any:
             for i in range(0, n, LANES):
                 store_vector(pivots + i * lane, load_lanes(pivots + i * lane) * splat(1.0 / head))
         for start in range(0, channels, CHANNELS_ADDED):
-            stop = min(start + CHANNELS_ADDED, channels)
+            stop = smaller(start + CHANNELS_ADDED, channels)
             for c in range(start, stop):
                 for i in range(0, n, LANES):
                     at_i = i * lane
@@ -186,6 +192,7 @@ def _make_statistics(storage: Storage) -> Any:
     return statistics
 
 
+@cache
 def _make_pool(storage: Storage) -> Any:
     """Pool the narrow sums of every position with its mean and variance so far, and make that mean the pivot."""
     load_lanes, splat, lane = storage.load_lanes, storage.splat, storage.lane_bytes
@@ -221,6 +228,7 @@ def _same(a: Any) -> Any:
     return a
 
 
+@cache
 def _make_normalize(storage: Storage, activation: str | None, is_masked: bool) -> Any:
     apply, _ = activations.make(storage, activation)
     load, load_first, load_lanes = storage.load, storage.load_first, storage.load_lanes
@@ -295,7 +303,7 @@ def make_backward(storage: Storage, activation: str | None, is_masked: bool) -> 
         for c in range(channels):
             store_f64(place(args, at.PRODUCTS) + (task * channels + c) * 8, 0.0)
             store_f64(place(args, at.TOTALS) + (task * channels + c) * 8, 0.0)
-        for unit in range(task * block, min((task + 1) * block, place(args, at.UNITS))):
+        for unit in range(task * block, smaller((task + 1) * block, place(args, at.UNITS))):
             sample, first, n, start = unit_of(args, unit)
             coefficients(args, rows, width, sample, first, n)
             clear(totals, wide, 2 * width)
@@ -317,6 +325,7 @@ def make_backward(storage: Storage, activation: str | None, is_masked: bool) -> 
     return over_tasks((begin, task))
 
 
+@cache
 def _make_values(storage: Storage, activation: str | None, is_masked: bool) -> Any:
     """x̂ and g of a vector, zero where nothing is valid, and in the lanes after the first `n`."""
     load, load_first, load_lanes = storage.load, storage.load_first, storage.load_lanes
@@ -343,6 +352,7 @@ def _make_values(storage: Storage, activation: str | None, is_masked: bool) -> A
     return values_at
 
 
+@cache
 def _make_sums(storage: Storage, activation: str | None, is_masked: bool) -> Any:
     """Add a channel of a tile to the sums of its positions and to those of its weight; g kept where asked for."""
     load_lanes, load_lane, splat = storage.load_lanes, storage.load_lane, storage.splat
@@ -383,6 +393,7 @@ def _make_sums(storage: Storage, activation: str | None, is_masked: bool) -> Any
     return sums
 
 
+@cache
 def _make_input(storage: Storage, activation: str | None, is_masked: bool) -> Any:
     load, load_first, load_lanes = storage.load, storage.load_first, storage.load_lanes
     splat, size, lane, load_lane = storage.splat, storage.bytes, storage.lane_bytes, storage.load_lane
@@ -391,7 +402,7 @@ def _make_input(storage: Storage, activation: str | None, is_masked: bool) -> An
     @inlined
     def value_at(run: Any, i: Any, n: Any, factors: Any) -> Any:
         inputs, dtotal = run
-        x, g, rows, width = inputs[0], inputs[3], inputs[4], inputs[5]
+        x, _, _, g, rows, width, _ = inputs
         zero, at_i, o = splat(0.0), rows + i * lane, i * size
         invstd = load_lanes(at_i + INVSTD * width)
         if g != 0:

@@ -5,12 +5,14 @@ and for its gradient. Sums of the weight's gradient are kept as one narrow row b
 A task is a block of rows that does not depend on the number of threads, and neither do its sums.
 """
 
+from functools import cache
 from typing import Any
 
 import numba
 
 from steadynorm.kernels.cpu import activations
 from steadynorm.kernels.cpu import samples as at
+from steadynorm.kernels.cpu.frontend import inlined
 from steadynorm.kernels.cpu.samples import (
     make_add,
     make_prepare,
@@ -24,13 +26,13 @@ from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
     fma,
-    inlined,
     keep_last,
     lanes_sum,
     load_f32,
     load_f64,
     load_v64,
     prefetch,
+    smaller,
     square_root_of,
     store_f64,
     store_vector,
@@ -45,6 +47,7 @@ APART = 5 * 64
 """Bytes between narrow rows: at a distance of whole pages a load waits for a store to the same place of another."""
 
 
+@cache
 def _make_mean_of(storage: Storage) -> Any:
     """The mean as far as the arithmetic's precision goes, and the rest of it."""
     is_double = storage.is_double
@@ -101,7 +104,7 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
         streams, is_centred = place(args, at.STREAMS) != 0, place(args, at.IS_CENTRED) != 0
         eps, block = load_f64(args + at.EPS * 8), place(args, at.BLOCK) * groups
         group, per_count = 0, 1.0 / n
-        for r in range(task * block, min((task + 1) * block, place(args, at.SAMPLES) * groups)):
+        for r in range(task * block, smaller((task + 1) * block, place(args, at.SAMPLES) * groups)):
             o = r * n * size
             row = x + o
             if total != 0:
@@ -129,6 +132,7 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
     return over_tasks((begin, task))
 
 
+@cache
 def make_gradient(storage: Storage, activation: str | None) -> Any:
     """g = dy · activation'(z): z is computed again, or the output tells on which side it is."""
     _, back = activations.make(storage, activation)
@@ -177,7 +181,7 @@ def make_backward(storage: Storage, activation: str | None) -> Any:
             clear(products, wide_products, width)
             clear(totals, wide_totals, width)
         group = done = 0
-        for r in range(task * block, min((task + 1) * block, place(args, at.SAMPLES) * groups)):
+        for r in range(task * block, smaller((task + 1) * block, place(args, at.SAMPLES) * groups)):
             o = r * n * size
             if mask != 0 and at.load_bool(mask + r // groups) == 0:
                 zero(dx + o, n)
@@ -217,6 +221,7 @@ def make_backward(storage: Storage, activation: str | None) -> Any:
     return over_tasks((begin, task))
 
 
+@cache
 def _make_sums(storage: Storage, activation: str | None) -> Any:
     """The first sweep back: Σ h and Σ h·x̂ of a row; g·x̂ and g added to the narrow rows, g kept where asked for."""
     load, load_first, load_lanes = storage.load, storage.load_first, storage.load_lanes
@@ -261,7 +266,7 @@ def _make_sums(storage: Storage, activation: str | None) -> Any:
             last, last_value, last_weight = values_at(run, n - LANES, LANES, factors, is_output)
         for start in range(0, whole, CHUNK):
             s0 = p0 = splat(0.0)
-            for i in range(start, min(start + CHUNK, whole), LANES):
+            for i in range(start, smaller(start + CHUNK, whole), LANES):
                 normalized, value, weight = values_at(run, i, LANES, factors, is_output)
                 if g != 0:
                     store(g + i * size, value)
@@ -291,6 +296,7 @@ def _make_sums(storage: Storage, activation: str | None) -> Any:
     return sums
 
 
+@cache
 def make_narrow(storage: Storage) -> Any:
     """`clear` and `flush` of a row of narrow sums, which are as many as fill whole vectors, and their wide ones."""
     load_lanes, splat, lane = storage.load_lanes, storage.splat, storage.lane_bytes
@@ -317,6 +323,7 @@ def make_narrow(storage: Storage) -> Any:
     return clear, flush
 
 
+@cache
 def _make_input(storage: Storage, activation: str | None) -> Any:
     load, load_first, load_lanes = storage.load, storage.load_first, storage.load_lanes
     splat, size, lane = storage.splat, storage.bytes, storage.lane_bytes

@@ -17,12 +17,13 @@ from numba.core import cgutils, extending, types
 from numba.core.datamodel import models
 from numba.core.typing import templates
 
+from steadynorm.kernels.cpu.frontend import inlined
+
 LANES = 16
 
 # numba's annotations describe calls from Python, not the language inside a kernel
 intrinsic: Any = extending.intrinsic
-njit: Any = numba.njit
-inlined = njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, no_rewrites=True)
+
 """A function for kernels only: no entry points of its own, which halves what there is to compile."""
 
 F32, F64 = ir.FloatType(), ir.DoubleType()
@@ -210,6 +211,27 @@ def absolute(typingctx: Any, a: Any) -> Any:
         return _call(builder, f"llvm.fabs.{_suffix(args[0].type)}", args[0].type, list(args))
 
     return a(a), codegen
+
+
+def _chosen(order: str, about: str) -> Any:
+    @intrinsic
+    def choose(typingctx: Any, a: Any, b: Any) -> Any:
+        kind = types.float64 if types.float64 in (a, b) else types.int64
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            values = [context.cast(builder, value, given, kind) for value, given in zip(args, sig.args, strict=True)]
+            compare = builder.fcmp_ordered if kind == types.float64 else builder.icmp_signed
+            return builder.select(compare(order, *values), *values)
+
+        return kind(a, b), codegen
+
+    choose.__doc__ = about
+    return choose
+
+
+# Python's own would bring functions with them, to be compiled for every kernel.
+smaller = _chosen("<", "The smaller of two numbers.")
+larger = _chosen(">", "The larger of two numbers.")
 
 
 @intrinsic

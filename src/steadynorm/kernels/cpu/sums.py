@@ -4,11 +4,19 @@ The end of a run that does not fill a vector is done by a vector that ends with 
 but its new lanes left out: masked loads and stores cost more. Runs shorter than a vector have to be masked.
 """
 
+from functools import cache
 from typing import Any
 
-from steadynorm.kernels.cpu.simd import LANES, Storage, fma, inlined, keep_last
+from steadynorm.kernels.cpu.frontend import inlined
+from steadynorm.kernels.cpu.simd import (
+    LANES,
+    Storage,
+    fma,
+    keep_last,
+)
 
 
+@cache
 def make_sums(storage: Storage) -> tuple[Any, Any, Any]:
     """`total(run, start, stop, n)`, `about(…, pivot)` and `squares(…)` of the values from `start` to `stop`.
 
