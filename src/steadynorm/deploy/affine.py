@@ -8,11 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from steadynorm.layers import InputNorm
 from steadynorm.layers.weight.target import TRANSPOSED
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LINEARS = (*CONVS, *TRANSPOSED, nn.Linear)
-"""Layers that take in a norm: y = W ∗ x + c."""
+TAKES_BEFORE = (*CONVS, *TRANSPOSED, nn.Linear)
+"""Layers that take in a norm before them: y = W ∗ x + c."""
+LINEARS = (*TAKES_BEFORE, nn.Bilinear, nn.Embedding)
+"""Layers that take in a norm behind them: each channel of their output is linear in weights of its own."""
 
 
 class Affine(NamedTuple):
@@ -33,21 +36,28 @@ class Weights(NamedTuple):
     bias: Tensor
 
 
-def affine_of(norm: nn.Module) -> Affine:
+def affine_of_running(norm: nn.Module, *, with_weight: bool = True) -> Affine:
     """scale = weight / sqrt(var + eps);  shift = bias − scale · mean, of a norm with running statistics."""
     mean, var = _wide(norm.running_mean), _wide(norm.running_var)
     scale = (var + float(norm.eps)).rsqrt()  # type: ignore[arg-type]
-    if norm.weight is not None:
+    if norm.weight is not None and with_weight:
         scale = scale * _wide(norm.weight)
     shift = -scale * mean
     return Affine(scale, shift if norm.bias is None else shift + _wide(norm.bias))
 
 
+def affine_of_input_norm(norm: InputNorm) -> Affine:
+    """scale = 1 / deviation, 1 where that is 0;  shift = −scale · mean."""
+    deviation = _wide(norm.deviation)
+    scale = 1 / torch.where(deviation > 0, deviation, 1)
+    return Affine(scale, -scale * _wide(norm.mean))
+
+
 def weights_of(layer: nn.Module) -> Weights:
     """The weight and bias of a linear layer; a missing bias is 0."""
-    weight = _wide(layer.weight)
-    if layer.bias is not None:
-        return Weights(weight, _wide(layer.bias))
+    weight, bias = _wide(layer.weight), getattr(layer, "bias", None)
+    if bias is not None:
+        return Weights(weight, _wide(bias))
     return Weights(weight, weight.new_zeros(out_features(layer)))
 
 
@@ -58,6 +68,8 @@ def after(layer: nn.Module, weights: Weights, norm: Affine) -> Weights:
         grouped = weight.unflatten(0, (_groups(layer), -1))
         scale = norm.scale.view(grouped.shape[0], 1, grouped.shape[2], *[1] * (grouped.dim() - 3))
         new = (grouped * scale).flatten(0, 1)
+    elif isinstance(layer, nn.Embedding):  # (rows, out): every row is an output
+        return Weights(weight * norm.scale + norm.shift, weights.bias)
     else:
         new = weight * norm.scale.view(-1, *[1] * (weight.dim() - 1))
     return Weights(new, norm.scale * weights.bias + norm.shift)
@@ -90,19 +102,28 @@ def put_(layer: nn.Module, weights: Weights) -> None:
     weight = weight.contiguous() if order is None or old.is_contiguous() else weight.contiguous(memory_format=order)
     trains = old.requires_grad
     layer.register_parameter("weight", nn.Parameter(weight, requires_grad=trains))
+    if isinstance(layer, nn.Embedding):
+        return
     layer.register_parameter("bias", nn.Parameter(weights.bias.to(old.dtype), requires_grad=trains))
 
 
-def fits(layer: nn.Module, weights: Weights) -> bool:
-    """Whether the weights are finite in the dtype of the layer."""
-    old = layer.weight
-    assert isinstance(old, Tensor)
-    return all(bool(torch.isfinite(part.to(old.dtype)).all()) for part in weights)
+def fits(layer: nn.Module, new: Weights | Affine) -> bool:
+    """Whether new weights, or the scale and shift of a norm, are finite in the dtype of the layer."""
+    dtype = next(t.dtype for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point())
+    return all(bool(torch.isfinite(part.to(dtype)).all()) for part in new)
 
 
 def out_features(layer: nn.Module) -> int:
     """Channels of the output."""
-    return int(getattr(layer, "out_features", None) or layer.out_channels)  # type: ignore[arg-type]
+    names = ("out_features", "out_channels", "embedding_dim")
+    return next(int(value) for name in names if isinstance(value := getattr(layer, name, None), int))
+
+
+def channel_axis(layer: nn.Module, dims: int) -> int:
+    """Which dimension of an input or output with so many holds the channels."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return dims - (weight.dim() - 1) if isinstance(layer, (*CONVS, *TRANSPOSED)) else dims - 1
 
 
 def in_features(layer: nn.Module) -> int:

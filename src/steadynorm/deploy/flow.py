@@ -6,6 +6,7 @@ whatever language. What neither is told is a read that goes through neither, by 
 """
 
 import gc
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steadynorm import models
+from steadynorm.deploy import reads
 from steadynorm.recipe import seeded
 from steadynorm.samples import tensors_in
 
@@ -28,38 +30,8 @@ Key = int
 """The address of a storage; it is not given out again as long as somebody holds a weak reference."""
 
 SEED = 0
-# What Python asks of a tensor without reading its values; everything else is a use of it.
-METADATA = {
-    *("size", "dim", "ndimension", "stride", "storage_offset", "numel", "nelement", "element_size", "get_device"),
-    *("is_floating_point", "is_complex", "is_contiguous", "is_inference", "is_same_size", "__len__", "__hash__"),
-}
-PROPERTIES = {
-    *(
-        "shape",
-        "dtype",
-        "device",
-        "ndim",
-        "layout",
-        "requires_grad",
-        "grad_fn",
-        "is_leaf",
-        "names",
-        "itemsize",
-        "nbytes",
-    ),
-    *("is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_quantized", "is_mkldnn", "is_nested"),
-    *(
-        "is_sparse_csr",
-        "is_xla",
-        "is_ipu",
-        "is_maia",
-        "is_mtia",
-        "is_vulkan",
-        "output_nr",
-        "_version",
-        "_backward_hooks",
-    ),
-}
+# Arguments that say how large the output of a layer is to be, and nothing of its values.
+SHAPING = {"output_size"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +42,12 @@ class Geometry:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
+    dtype: torch.dtype
+
+    @property
+    def reach(self) -> int:
+        """How many places of the storage it takes to hold the last of it."""
+        return self.offset + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True)) + 1
 
 
 @dataclass
@@ -79,14 +57,16 @@ class Call:
     Args:
         path: of the unit.
         number: how many uses and calls were seen before it.
-        given: its input, where that was its only tensor; what else it was given makes it not `is_plain`.
+        given: its first argument, where that was a tensor.
+        others: what else it was given, by name.
         made: its output.
+        is_fresh: whether nobody had seen the storage of its output before.
     """
 
     path: str
     number: int
     given: Geometry | None
-    is_plain: bool
+    others: tuple[str, ...]
     made: Geometry | None = None
     is_fresh: bool = False
 
@@ -197,7 +177,7 @@ class _Recorder:
                 self.begun[path] += 1
                 if _state(module) != self.states[path]:  # functional_call, or a mode that the model's code sets
                     self.record.altered.add(path)
-                self.within = self._begin(path, args, kwargs)
+                self.within = self._begin(path, module, args, kwargs)
 
         return enter
 
@@ -214,13 +194,12 @@ class _Recorder:
 
         return leave
 
-    def _begin(self, path: str, args: Any, kwargs: Any) -> Call:
-        given = list(tensors_in((args, kwargs)))
-        is_plain = len(given) == 1 and type(given[0]) is Tensor
-        call = Call(path, self.number, self.geometry(given[0]) if is_plain else None, is_plain)
+    def _begin(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Call:
+        first, others = _arguments(module, args, kwargs)
+        call = Call(path, self.number, self.geometry(first) if type(first) is Tensor else None, others)
         self.record.calls[path].append(call)
-        for place, tensor in enumerate(given):
-            self.use(tensor, f"a call of {path}", call if place == 0 else None, is_write=False)
+        for tensor in tensors_in((args, kwargs)):
+            self.use(tensor, f"a call of {path}", call if tensor is first else None, is_write=False)
         return call
 
     def use(self, tensor: Tensor, what: str, call: Call | None = None, *, is_write: bool = True) -> None:
@@ -237,7 +216,9 @@ class _Recorder:
         with torch._C.DisableTorchFunction():
             if key is None:
                 return None
-            return Geometry(key, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
+            return Geometry(
+                key, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.dtype
+            )
 
     def key(self, tensor: Tensor) -> Key | None:
         """What a tensor is known by; None where it is of a kind without a storage, which no unit makes."""
@@ -257,6 +238,14 @@ class _Recorder:
         return f"{name} in {path}" if path else name
 
 
+def _arguments(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, tuple[str, ...]]:
+    """The first argument of a call, and the names of the others that are there."""
+    names = [*inspect.signature(type(module).forward).parameters][1:]
+    given = dict(zip([*names, *map(str, range(len(names), len(args)))], args, strict=False)) | kwargs
+    first = given.pop(names[0], None) if names else None
+    return first, tuple(name for name, value in given.items() if value is not None and name not in SHAPING)
+
+
 def _state(module: nn.Module) -> tuple[bool, dict[str, int]]:
     """The mode of a module, and which tensors are its own."""
     return module.training, {name: id(t) for name, t in (*module._parameters.items(), *module._buffers.items())}
@@ -271,9 +260,9 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.recorder.within is None and not _is_metadata(func):
+        if self.recorder.within is None and reads.is_read_by_function(func):
             for tensor in tensors_in((args, kwargs)):
-                self.recorder.use(tensor, self.recorder.where(_name(func)))
+                self.recorder.use(tensor, self.recorder.where(reads.name_of(func)))
         return func(*args, **kwargs)
 
 
@@ -286,25 +275,12 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.recorder.within is None:
-            for tensor in tensors_in((args, kwargs)):
-                self.recorder.use(tensor, self.recorder.where(str(func).removesuffix(".default")))
+        if self.recorder.within is not None or not reads.is_read_by_operator(func):
+            return func(*args, **kwargs)
+        for tensor in tensors_in((args, kwargs)):
+            self.recorder.use(tensor, self.recorder.where(reads.name_of(func)))
         output = func(*args, **kwargs)
-        if self.recorder.within is None:
-            # A storage that code outside of units made is none of theirs.
-            for tensor in tensors_in(output):
-                self.recorder.use(tensor, self.recorder.where(str(func).removesuffix(".default")))
+        # A storage that code outside of units made is none of theirs.
+        for tensor in tensors_in(output):
+            self.recorder.use(tensor, self.recorder.where(reads.name_of(func)))
         return output
-
-
-def _name(func: Any) -> str:
-    """What a function of torch is called; a property by its own name."""
-    name = getattr(func, "__name__", str(func))
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name in ("__get__", "__set__") else name
-
-
-def _is_metadata(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return getattr(getattr(func, "__self__", None), "__name__", "") in PROPERTIES
-    return name in METADATA

@@ -88,7 +88,8 @@ def fold(
     plain, made_plain = _plain_copy(model)
     chosen = select(units.normalizations(plain), leave, "fold(leave=)", "normalization") if leave is not None else []
     kept = {path: "left out by leave=" for path, _ in chosen}
-    folding, steps, left = _fold(copy.deepcopy(plain), batches, forward, kept)
+    folding, left = _fold(copy.deepcopy(plain), batches, forward, kept)
+    steps = folding.steps
     record = _record(folding.model, units.units(folding.model), batches, forward, steps)
     folded, log, needs = make_torchs(folding.model, record)
     difference = _differences(plain, folded, steps, batches, forward, tolerance)
@@ -127,12 +128,13 @@ def _plain_copy(model: nn.Module) -> tuple[nn.Module, list[Converted]]:
 
 def _fold(
     model: nn.Module, batches: Sequence[Any], forward: Forward, kept: dict[str, str]
-) -> tuple[Folding, list[Step], dict[str, str]]:
+) -> tuple[Folding, dict[str, str]]:
     """Fold until nothing more can be: a norm that is gone may have stood between another and its layer."""
-    folding, steps, unfit = Folding(model), list[Step](), dict[str, str]()
+    folding, unfit, merging = Folding(model), dict[str, str](), False
     while True:
         modules = units.units(model)
-        places = Places(modules, _record(model, modules, batches, forward, steps))
+        record = _record(model, modules, batches, forward, folding.steps)
+        places = Places(modules, record, merging=merging)
         left, found, taken = dict[str, str](), list[Step](), set[str]()
         for path, norm in units.normalizations(model):
             reason = kept.get(path) or unfit.get(path) or units.why_not(norm)
@@ -142,18 +144,19 @@ def _fold(
                 reason = str(refusal)
             if reason or step is None:
                 left[path] = reason
-            # A layer takes one norm a round: the recording holds for the model as it was.
-            elif step.layer not in taken:
-                taken.add(step.layer)
+            # A layer takes one norm a round, and none that goes itself: the recording holds for the model as it was.
+            elif step.layer not in taken and step.norm not in taken and step.layer not in kept:
+                taken |= {step.layer, step.norm}
                 found.append(step)
         for step in found:
             try:
                 folding.take(step)
-                steps.append(step)
             except Refused as refusal:
                 unfit[step.norm] = str(refusal)
-        if not found:
-            return folding, steps, left
+        if not found and merging:
+            return folding, left
+        # What two norms in a row can be is one norm, where no layer takes either.
+        merging = not found
 
 
 def _differences(

@@ -3,15 +3,20 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from steadynorm.deploy import units
-from steadynorm.deploy.affine import CONVS, affine_of, in_features, out_features
-from steadynorm.deploy.flow import Call, Key, Record, Use
+from steadynorm.deploy.affine import CONVS, TAKES_BEFORE, channel_axis, in_features, out_features
+from steadynorm.deploy.difference import default_tolerance
+from steadynorm.deploy.flow import Call, Geometry, Key, Record, Use
+from steadynorm.deploy.inside import Inside
 from steadynorm.layers.weight.target import TRANSPOSED
 
 EXACT_PADDING = ("circular", "reflect", "replicate")
 """Padding with values of the input: scaled and shifted as they are."""
+SPARE = 4
+"""A norm whose input is so far from zero that rounding alone reaches 1/4 of the tolerance stays where it is."""
 
 
 @dataclass(frozen=True)
@@ -19,13 +24,17 @@ class Step:
     """One fold: the norm at a path goes into the layer at another, which runs before it or after it.
 
     Args:
-        norm, layer: paths.
+        norm, layer: paths; the layer may be another norm.
         side: on which side of the layer the norm is.
+        rank: number of dimensions that the norm is called with.
+        adds: whether it is called with a residual, which is still to be added where it was.
     """
 
     norm: str
     layer: str
     side: Literal["after", "before"]
+    rank: int
+    adds: bool = False
 
 
 class Refused(Exception):
@@ -33,10 +42,16 @@ class Refused(Exception):
 
 
 class Places:
-    """The places of norms in the recorded flow of a model."""
+    """The places of norms in the recorded flow of a model.
 
-    def __init__(self, modules: dict[str, nn.Module], record: Record) -> None:
-        self.modules, self.record, self.makers = modules, record, record.makers()
+    Args:
+        modules: the units, by path.
+        record: what was seen of them.
+        merging: whether a norm may go into another norm; for when there is nothing else left to do.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], record: Record, *, merging: bool = False) -> None:
+        self.modules, self.record, self.makers, self.merging = modules, record, record.makers(), merging
 
     def of(self, path: str) -> Step:
         """Where the norm at `path` can go.
@@ -44,73 +59,122 @@ class Places:
         Raises:
             Refused: nowhere, with the reason.
         """
-        self._check(path)
+        inside = units.inside_of(self.modules[path])
+        self._check(path, inside)
         try:
-            return self._after(path)
+            return self._after(path, inside)
         except Refused as refusal:
             reason = str(refusal)
         try:
-            return self._before(path)
+            return self._before(path, inside)
         except Refused as refusal:
             raise Refused("; ".join(filter(None, (reason, str(refusal))))) from None
 
-    def _check(self, path: str) -> None:
+    def _check(self, path: str, inside: Inside) -> None:
         """Raise Refused where the norm can go nowhere, whatever is around it."""
-        norm = self.modules[path]
         if self.record.blind:
             raise Refused(f"what happens in the model could not be seen: {self.record.blind}")
         calls = self.record.calls[path]
         if not calls:
             raise Refused("no batch led through it")
-        if any(not call.is_plain for call in calls):
-            raise Refused("it is called with more than its input: a residual, a mask or lengths")
-        if not affine_of(norm).is_finite():
+        if len({call.others for call in calls}) > 1 or calls[0].others not in ((), ("residual",)):
+            raise Refused("it is called with more than its input: a residual in some of its calls, a mask or lengths")
+        for call in calls:
+            if call.given is None or call.made is None:
+                raise Refused("its input or output is of a kind that cannot be followed")
+            if call.given.dtype != call.made.dtype:
+                raise Refused(f"it takes {_named(call.given.dtype)} and gives {_named(call.made.dtype)}")
+            if inside.ranks is not None and len(call.given.shape) not in inside.ranks:
+                raise Refused(f"what it computes of {len(call.given.shape)} dimensions is not known")
+        if not inside.affine.is_finite():
             raise Refused("its statistics or weights are not finite, or eps is 0 beside a variance of 0")
         self._check_parameters(path)
 
-    def _after(self, path: str) -> Step:
+    def _after(self, path: str, inside: Inside) -> Step:
         """The layer that makes the input of the norm, where nobody else sees what it makes."""
-        norm, calls = self.modules[path], self.record.calls[path]
+        calls = self.record.calls[path]
         makers = [self.makers.get(call.given.key) if call.given is not None else None for call in calls]
         sources = {maker.path if maker is not None else None for maker in makers}
         if len(sources) > 1:
             named = ", ".join(sorted("something else" if one is None else one for one in sources))
             raise Refused(f"its input comes from {named} in turn")
         source = sources.pop()
-        if source is None or not units.is_linear(self.modules[source]):
-            raise Refused("its input does not come straight from a convolution or linear layer")
+        if source is None or not self._takes_after(source):
+            raise Refused(f"its input comes from {source or self._origin(calls[0])}, not from a layer that can take it")
         layer = self.modules[source]
+        size = self._size(source)
+        if size != len(inside.affine.scale):
+            raise Refused(f"{source} has {size} channels, the norm {len(inside.affine.scale)}")
         for call, maker in zip(calls, makers, strict=True):
+            assert call.given is not None
             assert maker is not None
-            if maker.made != call.given:
-                raise Refused(f"what {source} makes is reshaped before it is normalised")
-            self._check_axis(source, layer, norm, call)
+            assert maker.made is not None
+            axis = channel_axis(layer, len(maker.made.shape)) if units.is_linear(layer) else 1
+            if not _have_same_channels(maker.made, axis, call.given, 1):
+                raise Refused(
+                    f"{source} gives {maker.made.shape}, and of {call.given.shape} the norm takes dimension 1 for"
+                    " channels, and the layer another"
+                )
         for made in self.record.calls[source]:
             self._check_sole_use(source, made, path)
         self._check_parameters(source)
-        return Step(path, source, "after")
+        return self._step(path, source, "after")
 
-    def _before(self, path: str) -> Step:
+    def _before(self, path: str, inside: Inside) -> Step:
         """The layer that alone takes the output of the norm."""
-        norm, calls = self.modules[path], self.record.calls[path]
-        if units.activation_of(norm) is not None:
-            raise Refused(f"its activation, {norm.activation}, is between it and what follows")
+        calls = self.record.calls[path]
         target = self._taker(path, calls)
         layer = self.modules[target]
-        made = {call.made: call for call in calls}
+        if inside.activation is not None:
+            raise Refused(f"its activation, {type(inside.activation).__name__}, is between it and {target}")
+        if calls[0].others:
+            raise Refused(f"a residual is added between it and {target}")
+        made = {call.made.key: call for call in calls if call.made is not None}
         for taken in self.record.calls[target]:
-            maker = made.get(taken.given)
+            maker = made.get(taken.given.key) if taken.given is not None else None
             if maker is None:
                 raise Refused(f"{target} is also given what does not come from it")
-            if not taken.is_plain:
+            if taken.others:
                 raise Refused(f"{target} is called with more than its input")
             self._check_unchanged(maker, taken, target)
-            self._check_inner_axis(target, layer, norm, taken)
+            self._check_inner_axis(target, layer, inside, maker, taken)
+            if not _keeps_digits(inside, taken.given):
+                raise Refused(
+                    f"its mean is {inside.distance:.0f} deviations from zero: {target} would lose digits that it keeps"
+                )
         for call in calls:
             self._check_sole_use(path, call, target)
-        self._check_padding(target, layer, norm)
+        self._check_padding(target, layer, inside)
         self._check_parameters(target)
-        return Step(path, target, "before")
+        return self._step(path, target, "before")
+
+    def _step(self, path: str, layer: str, side: Literal["after", "before"]) -> Step:
+        call = self.record.calls[path][0]
+        assert call.given is not None
+        return Step(path, layer, side, len(call.given.shape), bool(call.others))
+
+    def _takes_after(self, source: str) -> bool:
+        """Whether a norm behind this layer can go into it."""
+        layer = self.modules[source]
+        if units.is_linear(layer):
+            return True
+        if not self.merging or not units.is_norm(layer) or units.why_not(layer):
+            return False
+        inside, calls = units.inside_of(layer), self.record.calls[source]
+        return (
+            inside.activation is None
+            and inside.affine.is_finite()
+            and all(not call.others and _keeps_dtype(call) and _keeps_digits(inside, call.made) for call in calls)
+        )
+
+    def _size(self, source: str) -> int:
+        layer = self.modules[source]
+        return out_features(layer) if units.is_linear(layer) else len(units.inside_of(layer).affine.scale)
+
+    def _origin(self, call: Call) -> str:
+        """What made the input of a call, in words."""
+        uses = self.record.uses.get(call.given.key, []) if call.given is not None else []
+        return uses[0].what if uses and uses[0].call is None else "outside of the model"
 
     def _taker(self, path: str, calls: list[Call]) -> str:
         takers = set[str | None]()
@@ -119,7 +183,7 @@ class Places:
             for use in uses:
                 if not self._passes(use):
                     takers.add(use.call.path if use.call is not None else None)
-        linear = [one for one in takers if one is not None and units.is_linear(self.modules[one])]
+        linear = [one for one in takers if one is not None and _takes_before(self.modules[one])]
         if len(takers) != 1 or not linear:
             raise Refused("no convolution or linear layer alone takes its output" if linear else "")
         return linear[0]
@@ -142,31 +206,21 @@ class Places:
 
     def _check_unchanged(self, norm: Call, taken: Call, target: str) -> None:
         """The layer will read what the norm read: nothing may have written there in between."""
-        if norm.given is None:
-            raise Refused("its input cannot be followed")
+        assert norm.given is not None
         for use in self.record.uses[norm.given.key]:
             if norm.number + 1 < use.number <= taken.number and use.is_write:
                 raise Refused(f"its input is used between it and {target}, and may be changed there: {use.what}")
 
-    def _check_axis(self, source: str, layer: nn.Module, norm: nn.Module, call: Call) -> None:
-        """Raise Refused where the channels of the norm are not those of the output of the layer."""
-        assert call.given is not None
-        shape = call.given.shape
-        if len(shape) != _rank(layer):
-            raise Refused(
-                f"{source} gives {shape}, of which the norm takes dimension 1 for channels, and the layer another"
-            )
-        if shape[1] != out_features(layer) or norm.num_features != out_features(layer):
-            raise Refused(f"{source} has {out_features(layer)} channels, the norm {norm.num_features}")
-
-    def _check_inner_axis(self, target: str, layer: nn.Module, norm: nn.Module, taken: Call) -> None:
+    def _check_inner_axis(self, target: str, layer: nn.Module, inside: Inside, maker: Call, taken: Call) -> None:
         assert taken.given is not None
-        shape = taken.given.shape
-        if len(shape) != _rank(layer) or shape[1] != in_features(layer) or norm.num_features != in_features(layer):
-            raise Refused(f"{target} takes {shape}, and its channels are not those of the norm")
+        assert maker.made is not None
+        axis = channel_axis(layer, len(taken.given.shape))
+        size = len(inside.affine.scale)
+        if size != in_features(layer) or not _have_same_channels(maker.made, 1, taken.given, axis):
+            raise Refused(f"{target} takes {taken.given.shape}, and its channels are not those of the norm")
 
-    def _check_padding(self, target: str, layer: nn.Module, norm: nn.Module) -> None:
-        if not bool(affine_of(norm).shift.any()) or isinstance(layer, nn.Linear):
+    def _check_padding(self, target: str, layer: nn.Module, inside: Inside) -> None:
+        if not bool(inside.affine.shift.any()) or isinstance(layer, nn.Linear):
             return
         if isinstance(layer, TRANSPOSED):
             raise Refused(
@@ -195,12 +249,42 @@ class Places:
         return call is not None and units.is_passing(self.modules[call.path]) and call.made == call.given
 
 
-def _rank(layer: nn.Module) -> int:
-    """Dimensions of a batch for a layer."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.dim()
+def _takes_before(layer: nn.Module) -> bool:
+    return units.is_linear(layer) and units.known(layer, TAKES_BEFORE)
+
+
+def _keeps_dtype(call: Call) -> bool:
+    return call.given is not None and call.made is not None and call.given.dtype == call.made.dtype
+
+
+def _keeps_digits(inside: Inside, taken: Geometry | None) -> bool:
+    """Whether a layer may subtract what the norm takes out now: large numbers, where the mean is far from zero."""
+    assert taken is not None
+    return inside.distance * torch.finfo(taken.dtype).eps * SPARE <= default_tolerance(taken.dtype)
+
+
+def _have_same_channels(made: Geometry, axis: int, taken: Geometry, taken_axis: int) -> bool:
+    """Whether every value that is taken belongs to the same channel as when it was made, place by place in memory."""
+    if min(axis, taken_axis) < 0 or taken_axis >= len(taken.shape) or made.dtype != taken.dtype:
+        return False
+    if made.shape[axis] != taken.shape[taken_axis]:
+        return False
+    if (made.shape, made.stride, made.offset, axis) == (taken.shape, taken.stride, taken.offset, taken_axis):
+        return True
+    places = torch.full((max(made.reach, taken.reach),), -1, dtype=torch.int32)
+    places.as_strided(made.shape, made.stride, made.offset).copy_(_channels(made.shape, axis))
+    found = places.as_strided(taken.shape, taken.stride, taken.offset)
+    return bool((found == _channels(taken.shape, taken_axis)).all())
+
+
+def _channels(shape: tuple[int, ...], axis: int) -> Tensor:
+    """The channel of each value of a tensor."""
+    return torch.arange(shape[axis], dtype=torch.int32).view([-1 if one == axis else 1 for one in range(len(shape))])
 
 
 def _key(tensor: Tensor) -> Key:
     return tensor.untyped_storage()._cdata
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
