@@ -8,6 +8,8 @@ from steadynorm.deploy.export import export as export
 from steadynorm.deploy.exported import Exported as Exported
 from steadynorm.deploy.fold import Difference as Difference
 from steadynorm.deploy.fold import fold as fold
+from steadynorm.deploy.quantize import Quantized as Quantized
+from steadynorm.deploy.quantize import quantize as quantize
 from steadynorm.deploy.verify import Comparison as Comparison
 from steadynorm.deploy.verify import verify as verify
 
@@ -17,9 +19,11 @@ __all__ = [
     "Difference",
     "Exported",
     "OutputDifference",
+    "Quantized",
     "default_tolerance",
     "export",
     "fold",
     "load",
+    "quantize",
     "verify",
 ]

@@ -120,7 +120,9 @@ def require(*packages: str) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the remarks of exporters: about their own deprecated calls, and what else could be installed."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "torchao")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "torch.utils", "torchao")
+    ]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

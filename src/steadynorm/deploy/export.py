@@ -18,7 +18,7 @@ from steadynorm.deploy.artefact import ONNX_PACKAGES, Format, format_of, from_by
 from steadynorm.deploy.batch_sizes import SIZES, Invariance, Rows, Sized, sized
 from steadynorm.deploy.difference import OutputDifference, compare, default_tolerance, named_tensors, run
 from steadynorm.deploy.exported import REPORT_SUFFIX, Exported
-from steadynorm.deploy.program import Content, as_onnx, as_torch, trace
+from steadynorm.deploy.program import Content, as_onnx, as_torch, inputs_only, trace
 from steadynorm.errors import DifferenceError, InputError
 from steadynorm.report.files import ensure_writable, replacing
 from steadynorm.training.evaluation import call, evaluation
@@ -68,7 +68,7 @@ def export(
     path, advance = Path(out), progress or (lambda done, total: None)
     kind = _checked(path, opset)
     ready.require_evaluation(model)
-    given = [_inputs_only(batch) for batch in batches]
+    given = [inputs_only(batch) for batch in batches]
     if not given:
         raise InputError("export got no batch: give at least one that the model can take.")
     against = model if reference is None else reference
@@ -114,11 +114,6 @@ def _checked(path: Path, opset: int | None) -> Format:
     for one in (path, path.with_name(path.name + REPORT_SUFFIX)):
         ensure_writable(one)
     return kind
-
-
-def _inputs_only(batch: Any) -> tuple[Any, ...]:
-    """A batch as ``(inputs,)``: targets are no part of a graph."""
-    return (batch[0],) if isinstance(batch, tuple | list) and batch else (batch,)
 
 
 def _places(model: nn.Module, batch: Any) -> list[str]:

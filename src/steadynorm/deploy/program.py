@@ -75,6 +75,11 @@ def trace(model: nn.Module, batches: Sequence[Any], dynamic_batch: bool) -> Any:
     return program
 
 
+def inputs_only(batch: Any) -> tuple[Any, ...]:
+    """A batch as ``(inputs,)``: targets are no part of a graph."""
+    return (batch[0],) if isinstance(batch, tuple | list) and batch else (batch,)
+
+
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a model is called with, for a batch ``(inputs,)``."""
     inputs = batch[0]
