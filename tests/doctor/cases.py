@@ -218,7 +218,7 @@ def of(code: str, *paths: str) -> frozenset[tuple[str, str]]:
 
 
 def _both(code: str, path: str) -> frozenset[tuple[str, str]]:
-    return of(code, path) | of("SN801", "block1")
+    return of(code, path) | of("SN801", "block1") | of("SN113", "block1")
 
 
 FAULTS = [
@@ -235,7 +235,7 @@ FAULTS = [
     Case(
         "momentum too small",
         lambda: train(convolutional(lambda c: nn.BatchNorm2d(c, momentum=0.002))),
-        of("SN203", "1", "4"),
+        of("SN109", "1", "4"),
     ),
     Case("cumulative from the first step", cumulative, of("SN203", "4")),
     Case(
@@ -264,7 +264,7 @@ FAULTS = [
         train_batches=lambda: digits.batches("train", 4, 0),
     ),
     Case("last batch of 1", lambda: train(mlp()), of("SN101", "2"), train_batches=ragged),
-    Case("hard-coded training=True", replaced("block1", HardCoded), of("SN801", "block1")),
+    Case("hard-coded training=True", replaced("block1", HardCoded), of("SN801", "block1") | of("SN113", "block1")),
     Case("centred over samples", with_head(Centre()), of("SN801", "block2.1")),
     Case("softmax over samples", with_head(SoftmaxOverSamples()), of("SN801", "block2.1")),
     Case("divided by the batch's maximum", with_head(MaxOfBatch()), of("SN801", "block2.1")),

@@ -115,7 +115,7 @@ PLANTED = [
     Case(
         "own buffers, training=True",
         with_change("block1.bn1", by_batch_with_own_buffers),
-        of("SN801", "block1.bn1") | of("SN301", "block1.bn1"),
+        of("SN801", "block1.bn1") | of("SN301", "block1.bn1") | of("SN113", "block1.bn1"),
     ),
     Case(
         "frozen parameters, moving statistics", transferred(trained, 32), of("SN302", *(f"0.{path}" for path in NORMS))

@@ -11,7 +11,7 @@ X = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 def dead(model, x=X):
     norms = state.look(model)
-    calls, _ = trace(model, x, call)
+    calls, *_ = trace(model, x, call)
     return [(found.producer, found.norm) for found in bias.dead(model, x, call, norms, calls)]
 
 
@@ -111,5 +111,5 @@ def test_values_per_statistic_are_those_of_the_smallest_call():
 
     model = Levels()
     norms = state.look(model)
-    calls, _ = trace(model, X, call)
+    calls, *_ = trace(model, X, call)
     assert bias.values(calls, norms, 16)["norm"].per_sample == 4

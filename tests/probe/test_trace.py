@@ -26,7 +26,7 @@ def producer(between, **modules):
     net = Net(between)
     for name, module in modules.items():
         setattr(net, name, module)
-    calls, _ = trace(net.eval(), X, call)
+    calls, *_ = trace(net.eval(), X, call)
     return next(c.producer for c in calls if c.path == "norm")
 
 
@@ -49,7 +49,7 @@ def test_identities_and_containers_hand_on():
 
 
 def test_calls_come_in_the_order_in_which_they_end_with_their_shapes():
-    calls, output = trace(nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten()), X, call)
+    calls, output, _ = trace(nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten()), X, call)
     assert [c.path for c in calls] == ["0", "1", ""]
     assert calls[0].input_shape == (4, 3, 6, 6)
     assert calls[0].output_shape == (4, 5, 4, 4)
@@ -71,7 +71,7 @@ class Tries(nn.Module):
 
 
 def test_a_call_that_raised_and_was_caught_does_not_confuse():
-    calls, _ = trace(nn.Sequential(Tries()), X, call)
+    calls, *_ = trace(nn.Sequential(Tries()), X, call)
     assert [c.path for c in calls] == ["0.good", "0", ""]
 
 

@@ -49,7 +49,9 @@ class Sketch:
         if not found or not found[0].numel():
             return
         x = found[0].detach().float()
-        self.values.append((float(x.mean()), float(x.square().mean()), float(x.min()), float(x.max())))
+        # Beside a mask, some of the values are padding, which may be anything.
+        if not any(t.dtype == torch.bool for t in tensors_in(inputs)):
+            self.values.append((float(x.mean()), float(x.square().mean()), float(x.min()), float(x.max())))
         if self.shape is not None and x.shape[1:] != self.shape:
             self.is_ragged = True
             return

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from steadynorm import models, moments
 from steadynorm.moments import Moments
@@ -24,6 +25,7 @@ from steadynorm.probe.effects import Task
 from steadynorm.probe.facts import Drift, Effect, Norm, Values
 from steadynorm.probe.samples import sample_count
 from steadynorm.probe.trace import Forward, Watcher, inputs_of, run, watching
+from steadynorm.probe.training_facts import Shared
 from steadynorm.training.layer_inputs import normalized_input, of_rows
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -40,6 +42,7 @@ class Recalibration:
     Args:
         halves: by path, (half, other half).
         means: by path, moments of the means of samples: how much samples differ from one another.
+        shared: by path, of the layers that a pass calls several times.
         rows_per_sample, values_per_row: by path, of the call with the fewest.
     """
 
@@ -47,6 +50,7 @@ class Recalibration:
     means: dict[str, Moments] = field(default_factory=dict)
     rows_per_sample: dict[str, float] = field(default_factory=dict)
     values_per_row: dict[str, float] = field(default_factory=dict)
+    shared: dict[str, Shared] = field(default_factory=dict)
 
     def pooled(self, path: str) -> Moments:
         """Moments of one layer's inputs over all batches."""
@@ -75,12 +79,28 @@ class Recalibration:
         return Values(path, rows * per_row, rows * independent)
 
 
+def _shared(calls: Sequence[tuple[list[Moments], list[Moments]]], eps: float) -> Shared:
+    """How far the calls of one layer are from their pool, and how far halves of one call are from each other."""
+    of_calls = [(moments.merge(a or b), moments.merge(b or a)) for a, b in calls]
+    pool = moments.merge([half for halves in of_calls for half in halves])
+    farthest = null = 0.0
+    for halves in of_calls:
+        pair, (a, b) = moments.merge(list(halves)), halves
+        farthest = max(farthest, divergence((pair.mean, pair.var), (pool.mean, pool.var), eps))
+        null = max(null, divergence((a.mean, a.var), (b.mean, b.var), eps))
+    return Shared(len(calls), farthest, null)
+
+
 class _Collector(Watcher):
-    def __init__(self, paths: Sequence[str], is_single: bool) -> None:
+    def __init__(self, model: nn.Module, paths: Sequence[str], is_single: bool) -> None:
         super().__init__()
+        self.eps = {path: float(getattr(model.get_submodule(path), "eps", None) or 0.0) for path in paths}
         self.paths, self.is_single = set(paths), is_single
         self.parts: dict[str, tuple[list[Moments], list[Moments]]] = {path: ([], []) for path in paths}
         self.found = Recalibration()
+        # By path, and the place of the call among those of the layer in one pass.
+        self.places: dict[str, int] = {}
+        self.calls: dict[str, list[tuple[list[Moments], list[Moments]]]] = {path: [] for path in paths}
         self.batch, self.samples = 0, 1
 
     def enter(self, path: str, module: nn.Module, inputs: Any) -> None:
@@ -91,12 +111,13 @@ class _Collector(Watcher):
         if x.dim() < 2 or x.shape[1] != models.running_statistics(module)[0].numel() or not x.numel():
             return  # nothing, or a subclass with its channels elsewhere
         rows = of_rows(x, mask)
-        halves = self.parts[path]
-        if self.is_single:
-            for half in (0, 1):
-                halves[half].append(moments.merge_rows(_every_second(rows, half)))
-        else:
-            halves[self.batch % 2].append(moments.merge_rows(rows))
+        place = self.places[path] = self.places.get(path, -1) + 1
+        if place == len(self.calls[path]):
+            self.calls[path].append(([], []))
+        for half in (0, 1) if self.is_single else (self.batch % 2,):
+            part = moments.merge_rows(_every_second(rows, half) if self.is_single else rows)
+            self.parts[path][half].append(part)
+            self.calls[path][place][half].append(part)
         means = moments.merge_rows(_without_spread(rows))
         known = self.found.means.get(path)
         self.found.means[path] = means if known is None else moments.merge([known, means])
@@ -112,7 +133,30 @@ class _Collector(Watcher):
             if a or b:  # a layer that is never called has nothing to say
                 halves = (moments.merge(a or b), moments.merge(b or a))
                 self.found.halves[path] = halves
+            if len(self.calls[path]) > 1:
+                self.found.shared[path] = _shared(self.calls[path], self.eps[path])
         return self.found
+
+
+def with_dropout(
+    model: nn.Module,
+    batches: Sequence[Any],
+    forward: Forward,
+    stale: Sequence[str],
+    stored: "Stored",
+    norms: dict[str, Norm],
+) -> dict[str, float]:
+    """Divergence of the stored statistics of the stale layers from those of the data with dropout switched on."""
+    dropping = [path for path, m in model.named_modules() if isinstance(m, _DropoutNd) and m.p > 0]
+    if not dropping or not stale:
+        return {}
+    try:
+        with training_mode(model, dropping):
+            found = recalibrate(model, batches, forward, list(stored.layers))
+    finally:
+        stored.put()
+    data = found.statistics(path for path in stale if path in found.halves)
+    return {path: divergence(stored.original[path], pair, norms[path].eps or 0.0) for path, pair in data.items()}
 
 
 def recalibrate(model: nn.Module, batches: Sequence[Any], forward: Forward, paths: Sequence[str]) -> Recalibration:
@@ -120,10 +164,10 @@ def recalibrate(model: nn.Module, batches: Sequence[Any], forward: Forward, path
 
     Their running statistics move as in training; the caller puts them back (see `Stored`).
     """
-    collector = _Collector(paths, is_single=len(batches) == 1)
+    collector = _Collector(model, paths, is_single=len(batches) == 1)
     with training_mode(model, paths), watching(model, collector):
         for i, batch in enumerate(batches):
-            collector.batch = i
+            collector.batch, collector.places = i, {}
             collector.samples = sample_count(inputs_of(batch, forward)) or 1
             run(model, batch, forward)
     return collector.result()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from steadynorm.probe.training_facts import Audit, Held, Inputs, Likeness
+from steadynorm.probe.training_facts import Audit, Axes, Held, Inputs, Likeness, Shared
 
 Part = Literal["state", "optimizer", "data", "forward", "training", "drift", "isolation", "audit"]
 PARTS: tuple[Part, ...] = ("state", "optimizer", "data", "forward", "training", "drift", "isolation", "audit")
@@ -35,6 +35,7 @@ class Norm:
         updates_always: whether its running statistics move in evaluation by a switch that says so.
         trains_affine: whether its weight or bias takes a gradient; None if it has neither.
         group_size: channels (group, instance) or all values (layer, rms) of a sample that share a statistic.
+        is_debiased: whether the initial statistics are left out of the running ones, by option.
         below_eps: channels whose running variance is less than eps, but more than that of a dead one.
         dead: channels whose weight is next to nothing beside the others', or whose input does not vary.
     """
@@ -61,8 +62,22 @@ class Norm:
     updates_always: bool = False
     trains_affine: bool | None = None
     group_size: int | None = None
+    is_debiased: bool = False
     below_eps: int = 0
     dead: int = 0
+
+    @property
+    def residue(self) -> float:
+        """Weight that the initial 0 and 1 still have in the running statistics; 0 where that is not known."""
+        if (
+            self.is_debiased
+            or not self.momentum
+            or self.momentum >= 1
+            or (self.batches_tracked or 0) <= DRY_RUNS
+            or not self.learns
+        ):
+            return 0.0
+        return float((1 - self.momentum) ** (self.batches_tracked or 0))
 
     @property
     def state_fault(self) -> Literal["", "broken", "default", "toggled", "half"]:
@@ -78,6 +93,10 @@ class Norm:
 
 
 HALF = ("bfloat16", "float16")
+# Weight of the initial statistics in the running ones from which on they are no statistics of the data.
+MOST_RESIDUE = 0.05
+# A look at the shapes is one forward, at a siamese network two, at a training and a test batch four.
+DRY_RUNS = 4
 
 
 @dataclass(frozen=True)
@@ -88,6 +107,7 @@ class Call:
         producer: the module whose output is this call's first input, the same untouched tensor; empty if there is none.
         input_shape, output_shape: of the first tensor in and out.
         input_dtype: of the first tensor in.
+        axes: how much the entries of the axes of a batch norm's input differ.
         offset: of what a norm is given in half precision: |mean| / deviation of the worst channel.
     """
 
@@ -98,6 +118,7 @@ class Call:
     output_shape: tuple[int, ...] = ()
     input_dtype: str = ""
     offset: float | None = None
+    axes: Axes | None = None
 
 
 @dataclass(frozen=True)
@@ -183,6 +204,8 @@ class Drift:
         mean_shift: largest difference of the means over channels, in deviations of the data.
         variance_ratio: stored over recalibrated variance, of the channel where it is farthest from 1.
         effect: of this layer's stored statistics alone, all other stale layers recalibrated before and after.
+        with_dropout: divergence of the stored statistics from those of the data with dropout switched on; None where
+            the model has no dropout, or nothing to explain by it.
         stored, measured: (mean, variance) of every channel, as stored and of the data.
     """
 
@@ -192,8 +215,14 @@ class Drift:
     mean_shift: float
     variance_ratio: float
     effect: Effect | None = None
+    with_dropout: float | None = None
     stored: tuple[tuple[float, float], ...] = field(default=(), repr=False)
     measured: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+
+    @property
+    def is_from_dropout(self) -> bool:
+        """Whether the statistics are those of the data as dropout changes it."""
+        return self.with_dropout is not None and self.with_dropout * DROPOUT_FACTOR <= self.divergence
 
     @property
     def is_beyond_chance(self) -> bool:
@@ -205,6 +234,8 @@ class Drift:
 # (54 layers of ResNet-18 and MobileNetV3); two halves of 300 samples differ by up to 0.008.
 MATERIAL_DIVERGENCE = 0.01
 CHANCE_FACTOR = 3.0
+# Statistics that were learned with dropout came 18 times nearer and more when it was switched on, stale ones no nearer.
+DROPOUT_FACTOR = 10.0
 
 
 @dataclass(frozen=True)
@@ -271,6 +302,10 @@ class Facts:
         moved: modules whose running statistics changed in a forward in evaluation mode.
         drift_together: effect of recalibrating all layers that drifted, at once.
         dropping: dropout layers that `model.eval()` leaves in training mode.
+        hard_coded: modules that, in evaluation mode, call for a batch norm by the batch with a constant.
+        rescaled: layers whose weight is normalised, and by what.
+        averaged: norms in a network of averaged weights, and what averages them.
+        shared: norms that one pass calls several times.
         bare_layer: the first layer with weights, where no norm is before it or right behind it.
         inputs, likeness: of the training batches: their scale, and whether they are alike.
         held: how the optimizer holds the parameters.
@@ -294,6 +329,10 @@ class Facts:
     moved: tuple[str, ...] = ()
     spectral: tuple[SpectralVectors, ...] = ()
     dropping: tuple[str, ...] = ()
+    hard_coded: tuple[str, ...] = ()
+    rescaled: Mapping[str, str] = field(default_factory=dict)
+    averaged: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, Shared] = field(default_factory=dict)
     bare_layer: str = ""
     inputs: Inputs | None = None
     likeness: Likeness | None = None
@@ -313,7 +352,3 @@ class Facts:
             norm.has_initial_affine and (norm.has_initial_statistics or 0 < (norm.batches_tracked or 0) <= DRY_RUNS)
             for norm in tracked
         )
-
-
-# A look at the shapes is one forward, at a siamese network two, at a training and a test batch four.
-DRY_RUNS = 4

@@ -181,6 +181,8 @@ class Observer:
 
     def _state(self) -> None:
         self.found["norms"] = state.look(self.model)
+        self.found["rescaled"] = spectral.rescaled(self.model)
+        self.found["averaged"] = state.averaged(self.model)
         self.found["dropping"] = state.dropping(self.model)
         self.found["frozen_layers"] = state.frozen_layers(self.model)
         self.found["spectral"] = spectral.vectors(self.model)
@@ -194,7 +196,7 @@ class Observer:
 
     def _forward(self) -> None:
         before = state.statistics(self.model)
-        self.found["calls"], output = trace(self.model, self.here[0], self.forward)
+        self.found["calls"], output, self.found["hard_coded"] = trace(self.model, self.here[0], self.forward)
         self.found["moved"] = state.moved(before, state.statistics(self.model))
         self.task.judge(output, self.here[0])  # a loss that does not fit is found at once
         count = sample_count(inputs_of(self.here[0], self.forward)) or 1
@@ -221,6 +223,7 @@ class Observer:
         finally:
             self.stored.put()
         self.drifts = drift.drifts(self.recalibration, self.stored, self.found["norms"])
+        self.found["shared"] = self.recalibration.shared
         self.stale = [path for path, one in self.drifts.items() if one.is_beyond_chance]
 
     def _isolation(self) -> None:
@@ -246,6 +249,8 @@ class Observer:
 
     def _drift(self) -> None:
         found, stale = self.drifts, self.stale
+        dropped = drift.with_dropout(self.model, self.there, self.forward, stale, self.stored, self.found["norms"])
+        found |= {path: replace(found[path], with_dropout=value) for path, value in dropped.items()}
         try:
             if stale:
                 alone, self.found["drift_together"] = drift.effects_of(

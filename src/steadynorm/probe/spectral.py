@@ -19,6 +19,8 @@ from steadynorm.probe.facts import UNIT_TOLERANCE, SpectralVectors
 # Enough from anywhere: the error falls by the ratio of the first two singular values each time.
 POWER_ITERATIONS = 100
 
+RESCALING = {"WeightNorm": "weight normalization", "SpectralNorm": "spectral normalization"}
+
 
 class Stored(NamedTuple):
     """One spectral normalization: the layer's path, the weight as a matrix (H, W), u (H,) and v (W,)."""
@@ -41,6 +43,19 @@ def stored(model: nn.Module) -> Iterator[Stored]:
             if isinstance(hook, OldSpectralNorm):
                 weight, u, v = (getattr(module, hook.name + end, None) for end in ("_orig", "_u", "_v"))
                 yield from _fitting(path, weight, hook, u, v)
+
+
+def rescaled(model: nn.Module) -> dict[str, str]:
+    """Layers whose weight is divided by a norm of it before it is used, and by what."""
+    found = {}
+    for path, module in model.named_modules():
+        names = [type(hook).__name__ for hook in module._forward_pre_hooks.values()]
+        if parametrize.is_parametrized(module):
+            names += [type(p).__name__ for steps in module.parametrizations.values() for p in steps]
+        kind = next((RESCALING[name.lstrip("_")] for name in names if name.lstrip("_") in RESCALING), None)
+        if kind is not None:
+            found[path] = kind
+    return found
 
 
 def _fitting(path: str, weight: object, settings: object, u: object, v: object) -> Iterator[Stored]:

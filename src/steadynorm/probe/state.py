@@ -10,6 +10,8 @@ from steadynorm import models
 from steadynorm.probe.facts import Norm
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# Averaging wrappers without a counter: timm's and ema-pytorch's.
+AVERAGES = ("ModelEma", "ModelEmaV2", "ModelEmaV3", "EMA", "ExponentialMovingAverage")
 # A channel is dead if its weight is so much less than the largest one, or if its input varies by less than this.
 DEAD_WEIGHT = 1e-4
 DEAD_VARIANCE = 1e-8
@@ -41,6 +43,19 @@ def dropping(model: nn.Module) -> tuple[str, ...]:
     """Paths of the dropout layers that are in training mode, now that the model is in evaluation mode."""
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, _DropoutNd)]
     return tuple(path for path, module in found if module.training and module.p > 0)
+
+
+def averaged(model: nn.Module) -> dict[str, str]:
+    """Norms with running statistics inside a network that holds averaged weights, and the class that averages."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        counts = getattr(module, "n_averaged", None)
+        if not isinstance(counts, Tensor) and type(module).__name__ not in AVERAGES:
+            continue
+        for below, layer in models.norms(module).items():
+            if models.has_running_statistics(layer):
+                found[f"{path}.{below}" if path else below] = type(module).__name__
+    return found
 
 
 def statistics(model: nn.Module) -> dict[str, tuple[Tensor, ...]]:
@@ -85,6 +100,7 @@ def _norm(path: str, layer: nn.Module, in_training: set[str], is_undone: bool) -
         has_initial_affine=_has_initial_affine(layer),
         takes_single_values=getattr(layer, "single_value", "error") == "running",
         is_toggled=is_batch and has_statistics and path in in_training and not _tracks(layer),
+        is_debiased=getattr(layer, "debias", False) is True,
         is_undone=is_undone and is_batch,
         updates_always=getattr(layer, "update_running", None) is True,
         trains_affine=_trains_affine(layer),

@@ -2,16 +2,19 @@
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from steadynorm.errors import SteadynormError
+from steadynorm.probe.axes import axes
 from steadynorm.probe.facts import Call
+from steadynorm.probe.hard_coded import BatchNormCalls
 from steadynorm.probe.offsets import offset
 from steadynorm.probe.samples import tensors_in
+from steadynorm.probe.training_facts import Axes
 
 Forward = Callable[[nn.Module, Any], Any]
 """How a model is called on a batch: `recipe.call`."""
@@ -92,12 +95,15 @@ def inputs_of(batch: Any, forward: Forward) -> Any:
     return forward(_Given(), batch)
 
 
-def trace(model: nn.Module, batch: Any, forward: Forward) -> tuple[tuple[Call, ...], Any]:
-    """The calls of one pass, in the order in which they end, and the output."""
-    tracer = _Tracer()
-    with watching(model, tracer):
+def trace(model: nn.Module, batch: Any, forward: Forward) -> tuple[tuple[Call, ...], Any, tuple[str, ...]]:
+    """The calls of one pass, in the order in which they end, the output, and where batch norm is hard-coded."""
+    tracer, modules = _Tracer(), dict(model.named_modules())
+    calls = BatchNormCalls(lambda: tracer.active, modules)
+    # What was compiled was compiled without the mode, and would be compiled again for it.
+    is_compiled = any(hasattr(module, "_orig_mod") for module in modules.values())
+    with watching(model, tracer), nullcontext() if is_compiled else calls:
         output = run(model, batch, forward)
-    return tuple(tracer.calls), output
+    return tuple(tracer.calls), output, tuple(calls.found)
 
 
 class _Tracer(Watcher):
@@ -108,12 +114,14 @@ class _Tracer(Watcher):
         self.calls: list[Call] = []
         self._producers: list[str] = []
         self._offsets: list[float | None] = []
+        self._axes: list[Axes | None] = []
         self._made: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
 
     def enter(self, path: str, module: nn.Module, inputs: Any) -> None:
         given = next(tensors_in(inputs), None)
         self._producers.append("" if given is None else self._producer(given))
         self._offsets.append(None if given is None else offset(module, given))
+        self._axes.append(None if given is None else axes(module, given))
         super().enter(path, module, inputs)
 
     def leave(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
@@ -129,9 +137,10 @@ class _Tracer(Watcher):
                 output_shape=() if made is None else tuple(made.shape),
                 input_dtype="" if given is None else str(given.dtype).removeprefix("torch."),
                 offset=self._offsets[depth],
+                axes=self._axes[depth],
             )
         )
-        del self._producers[depth:], self._offsets[depth:]
+        del self._producers[depth:], self._offsets[depth:], self._axes[depth:]
         for tensor in tensors_in(output):
             # What a container or an identity hands on is still what the layer inside or before it made.
             maker = self._producer(tensor)

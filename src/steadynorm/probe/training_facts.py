@@ -105,3 +105,36 @@ class Likeness:
     p: float
     batches: int
     samples: int
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How much the entries of two axes of a norm's input differ: axis 1, which it takes for channels, and the last one.
+
+    Args:
+        share, last_share: of the variance, that is between the entries.
+        spread, last_spread: variance of the logarithms of the entries' variances.
+        likeness, last_likeness: mean correlation of neighbouring entries.
+    """
+
+    share: float
+    spread: float
+    likeness: float
+    last_share: float
+    last_spread: float
+    last_likeness: float
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A norm that one pass calls several times, as it is in training.
+
+    Args:
+        calls: how many there are.
+        divergence: of the statistics of one call from those of all (Jeffreys, mean over channels), the largest.
+        null: the same of two halves of the data of one call, the largest.
+    """
+
+    calls: int
+    divergence: float
+    null: float

@@ -35,7 +35,12 @@ def check(facts: Facts) -> Iterator[Finding]:
         return
     for path, drift in facts.drift.items():
         norm = facts.norms[path]
-        if norm.state_fault != "default" or not drift.is_beyond_chance or drift.effect is None:
+        if (
+            path in facts.averaged
+            or norm.state_fault != "default"
+            or not drift.is_beyond_chance
+            or drift.effect is None
+        ):
             continue
         severity = severity_of(drift.effect)
         fix = Fix("Recalibrate the statistics from the data.", True, fixes.recalibrate_, (path,))

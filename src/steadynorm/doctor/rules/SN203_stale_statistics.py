@@ -7,10 +7,10 @@ it costs is measured by exchanging the statistics of this one layer.
 
 Bad:
     batches = [torch.randn(64, 1, 8, 8) for _ in range(4)]
-    model = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8, momentum=0.001), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8, momentum=0.1), nn.ReLU())
     nn.init.uniform_(model[1].bias)
-    for x in batches * 10:
-        model(x)
+    for x in batches * 20:
+        model(3 * x)
 
 Good:
     batches = [torch.randn(64, 1, 8, 8) for _ in range(4)]
@@ -28,7 +28,7 @@ from steadynorm.doctor import fixes
 from steadynorm.doctor.evidence import as_evidence, gain_of, in_words, severity_of
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
-from steadynorm.probe.facts import CHANCE_FACTOR, MATERIAL_DIVERGENCE, Drift, Effect
+from steadynorm.probe.facts import CHANCE_FACTOR, MATERIAL_DIVERGENCE, MOST_RESIDUE, Drift, Effect
 
 needs: tuple[Part, ...] = ("drift",)
 
@@ -47,9 +47,22 @@ def check(facts: Facts) -> Iterator[Finding]:
         )
         return
     for drift in stale:
-        # Where the state alone says why, the rule for that says it.
-        if drift.effect is not None and not facts.norms[drift.path].state_fault:
+        # Where it is known why, the rule for that says it.
+        is_explained = (
+            facts.norms[drift.path].state_fault
+            or drift.path in facts.averaged
+            or drift.is_from_dropout
+            or is_slow(drift, facts)
+        )
+        if drift.effect is not None and not is_explained:
             yield _finding(drift, drift.effect)
+
+
+def is_slow(drift: Drift, facts: Facts) -> bool:
+    """Whether stale statistics are for a good part those that the layer was made with (SN109)."""
+    norm = facts.norms[drift.path]
+    known = norm.state_fault or drift.path in facts.averaged or drift.is_from_dropout
+    return not known and drift.is_beyond_chance and norm.residue > MOST_RESIDUE
 
 
 def _finding(drift: Drift, effect: Effect) -> Finding:

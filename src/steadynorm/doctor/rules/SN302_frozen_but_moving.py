@@ -29,6 +29,9 @@ needs: tuple[Part, ...] = ("forward",)
 def check(facts: Facts) -> Iterator[Finding]:
     """One finding for each norm that moves although it and the layer before it are frozen, and others are not."""
     for path, norm in facts.norms.items():
+        # A copy that follows another network is SN307's.
+        if facts.audit is not None and path in facts.audit.copies:
+            continue
         if not norm.learns or norm.is_toggled or norm.trains_affine or norm.momentum == 0:
             continue
         frozen = _frozen_with(norm, facts)

@@ -1,8 +1,8 @@
 """Inputs far from zero, or of another order than one, train badly where no norm takes the scale out.
 
 Why: initial weights are made for inputs of about zero mean and unit deviation. Pixels from 0 to 255 in a first layer
-that no norm follows make its outputs a hundred times too large, and its gradient too: the learning rate of the rest does
-not suit it. A batch norm right behind the first layer takes the scale out, and indices of an embedding have none.
+that no norm follows make its outputs a hundred times too large, and its gradient too: the learning rate of the rest
+does not suit it. A batch norm right behind the first layer takes the scale out, and indices of an embedding have none.
 
 Bad:
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8))
