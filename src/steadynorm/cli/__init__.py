@@ -1,4 +1,5 @@
-"""The command line: `steadynorm doctor`, `lab`, `explain`, `backends` and `demo`.
+"""The command line: `steadynorm doctor`, `lab`, `explain`, `backends` and `demo`, and for deployment `recalibrate`,
+`fold`, `convert`, `export` and `verify`.
 
 Exit codes: 0 clean, 1 findings, 2 misuse (one sentence on standard error), 3 a fault of steadynorm itself,
 130 interrupted. Results go to standard output, everything else to standard error.

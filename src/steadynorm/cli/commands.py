@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import steadynorm
-from steadynorm.cli import examining
+from steadynorm.cli import deployment, examining
 from steadynorm.cli.options import FormatOption, OutOption, RecipeName, TracebackOption, words
 from steadynorm.cli.output import CLEAN, FINDINGS, Format, output, worded, working, writing
 from steadynorm.cli.usage import Group, positive, whole
@@ -134,6 +134,8 @@ def run_lab(
 
 app.command()(examining.explain)
 app.command()(examining.undo)
+for _verb in deployment.VERBS:
+    app.command()(_verb)
 
 
 @app.command()
