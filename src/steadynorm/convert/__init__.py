@@ -8,7 +8,7 @@ same door: what they do not have is taken off, and said.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -22,8 +22,10 @@ from steadynorm.convert.classes import is_ours, named
 from steadynorm.convert.effect import Effect, Examples, Forward, Loss, effect
 from steadynorm.convert.fit import Fit
 from steadynorm.convert.holders import ensure_not_awaited, ensure_of, forget_, remembered, take_out_
+from steadynorm.convert.refusals import Refusals
 from steadynorm.convert.relatives import RELATIVES, WITHIN_SAMPLE, Wish, to_relative
 from steadynorm.convert.targets import Plan, Rule, to_batch, to_steadynorm, to_sync, to_torch
+from steadynorm.convert.told import Told, made_plain_
 from steadynorm.convert.unseen import norms, paths, unseen
 from steadynorm.errors import InputError
 from steadynorm.layers.renorm import Limits
@@ -33,7 +35,9 @@ from steadynorm.selection import Selection, select
 
 __all__ = ["Change", "Converted", "Effect", "Target", "convert_"]
 
+Named = tuple[str, nn.Module]
 UNKNOWN = "a normalization that is not of torch.nn's family"
+FROZEN = "a frozen batch norm; one of ours becomes a batch norm again with to='batch'"
 Target = Literal[
     "steadynorm",
     "torch",
@@ -60,6 +64,7 @@ def convert_(
     loss: Loss | None = None,
     forward: Forward | None = None,
     optimizer: Optimizer | None = None,
+    as_: Told | None = None,
     process_group: Any = None,
     dims: Literal[1, 2, 3] | None = None,
     ghost_size: int | None = None,
@@ -90,6 +95,10 @@ def convert_(
         optimizer: one that holds parameters of the model. Those that the model has no more, to "frozen" or "none", are
             taken out of it, with their state. Without it they stay there, and never get a gradient. Those that
             `batches` set keep their place and lose their state.
+        as_: for classes with a forward of their own, what their layers compute: a function by class that takes a layer
+            and gives a layer of torch.nn or ours with the same tensors, such as
+            ``{BatchNormAct2d: lambda layer: steadynorm.BatchNorm2d(layer.num_features, activation="relu")}``. Both are
+            compared before the layer becomes that, and then what `to` says.
         process_group: to "sync", whose batches are one; None is all ranks, or what torch's layer had.
         dims: of a SyncBatchNorm that was none other before, the dimensions behind N and C.
         ghost_size: to "ghost", the samples of a slice; see `GhostBatchNorm2d`.
@@ -106,31 +115,38 @@ def convert_(
     Raises:
         InputError: a layer cannot be converted, with its path and what would be lost. The model is as it was.
     """
-    wish = Wish(to, dims, ghost_size, limits, groups)
-    rule = _rule(wish, process_group)
-    layers = _chosen(model, only, leave)
-    known = paths(model)
+    wish = Wish(to, dims, ghost_size, limits, groups, batches is not None and method is not None)
+    rule, told = _rule(wish, process_group), dict(as_ or {})
+    layers = _chosen(model, only, leave, told)
     examples = None if batches is None else Examples(batches, forward, loss)
+    _check(model, examples, loss, optimizer, method)
+    before = None if examples is None else examples.run(model)
+    with _restored(model, layers, optimizer, examples is not None):
+        log = _convert(model, layers, rule, told, _Means(wish, examples, method, progress, optimizer))
+        difference = None if examples is None or before is None else effect(before, examples.run(model))
+    return Change(model, tuple(log), _left(model, rule, to), difference=difference)
+
+
+@dataclass(frozen=True)
+class _Means:
+    """What a conversion is carried out with."""
+
+    wish: Wish
+    examples: Examples | None
+    method: Method | None
+    progress: Progress | None
+    optimizer: Optimizer | None
+
+
+def _check(
+    model: nn.Module, examples: Examples | None, loss: Loss | None, optimizer: Optimizer | None, method: Method | None
+) -> None:
     if method is not None and method not in METHODS:
         raise InputError(f"convert_ got method={method!r}, expected one of {', '.join(map(repr, METHODS))}, or None.")
     if examples is None and loss is not None:
         raise InputError("convert_ got a loss= and no batches= to measure it on.")
     if optimizer is not None:
         ensure_of(model, optimizer)
-    what = f"convert_ to {to!r}"
-    plans = _plans(layers, rule, what)
-    leaving = [path for path, layer, plan in plans if {*plan.constants, *plan.gone} & {*layer._parameters}]
-    ensure_not_awaited(model, leaving, what)
-    before = None if examples is None else examples.run(model)
-    fits: dict[nn.Module, Fit] = {}
-    if examples is not None and method is not None and to in WITHIN_SAMPLE and plans:
-        found = [(path, layer) for path, layer, _ in plans]
-        fits = calibrate(model, found, to, groups, examples, method, progress)
-    with _restored(model, plans, optimizer, examples is not None):
-        log = _carry_out(plans, fits, known, optimizer, what)
-        after = None if examples is None else examples.run(model)
-    difference = None if before is None or after is None else effect(before, after)
-    return Change(model, tuple(log), _left(model, rule, known), difference=difference)
 
 
 def _rule(wish: Wish, process_group: Any) -> Rule:
@@ -153,36 +169,19 @@ def _rule(wish: Wish, process_group: Any) -> Rule:
     return rules[to]
 
 
-def _chosen(model: nn.Module, only: Selection | None, leave: Selection | None) -> list[tuple[str, nn.Module]]:
-    layers = select(norms(model), only, "convert_(only=)", "normalization")
+def _chosen(model: nn.Module, only: Selection | None, leave: Selection | None, told: Told) -> list[Named]:
+    found = norms(model, tuple(told))
+    layers = select(found, only, "convert_(only=)", "normalization")
     if leave is None:
         return layers
-    left_out = {id(layer) for _, layer in select(norms(model), leave, "convert_(leave=)", "normalization")}
+    left_out = {id(layer) for _, layer in select(found, leave, "convert_(leave=)", "normalization")}
     return [(path, layer) for path, layer in layers if id(layer) not in left_out]
 
 
-Planned = list[tuple[str, nn.Module, Plan]]
-
-
-def _plans(layers: list[tuple[str, nn.Module]], rule: Rule, what: str) -> Planned:
-    """A plan for every layer that the rule has one for, or an InputError with every layer that it refuses."""
-    refusals, plans = [], []
-    for path, layer in layers:
-        try:
-            plan = rule(layer)
-        except InputError as refusal:
-            refusals.append((path, str(refusal)))
-        else:
-            plans += [(path, layer, plan)] if plan is not None else []
-    if refusals:
-        raise InputError(_about(refusals, what))
-    return plans
-
-
 @contextmanager
-def _restored(model: nn.Module, plans: Planned, optimizer: Optimizer | None, has_run: bool) -> Iterator[None]:
+def _restored(model: nn.Module, layers: list[Named], optimizer: Optimizer | None, has_run: bool) -> Iterator[None]:
     """Put model and optimizer back as they are now, if something goes wrong."""
-    restores = [snapshot(layer) for _, layer, _ in plans]
+    restores = [snapshot(layer) for _, layer in layers]
     restores += [] if optimizer is None else [remembered(optimizer)]
     restores += [models.remember(model)] if has_run else []
     try:
@@ -193,29 +192,47 @@ def _restored(model: nn.Module, plans: Planned, optimizer: Optimizer | None, has
         raise
 
 
-def _carry_out(
-    plans: Planned, fits: dict[nn.Module, Fit], known: dict[int, list[str]], optimizer: Optimizer | None, what: str
-) -> list[Converted]:
-    refusals, log = [], []
-    for path, layer, plan in plans:
-        before, held, fit = named(own_class(layer)), dict(layer._parameters), fits.get(layer)
-        if fit is not None and "num_groups" in plan.attributes:
-            plan = replace(plan, attributes=plan.attributes | {"num_groups": fit.groups})
-        try:
-            notes = [become(layer, plan)]
-        except InputError as refusal:
-            refusals.append((path, str(refusal)))
+def _convert(model: nn.Module, layers: list[Named], rule: Rule, told: Told, means: _Means) -> list[Converted]:
+    """All of `layers` that the rule has a plan for, or none."""
+    to = means.wish.to
+    refuse = Refusals(f"convert_ to {to!r}")
+    before = {layer: named(own_class(layer)) for _, layer in layers}
+    plain = {
+        layer: note for path, layer in layers if (note := refuse.or_take(path, made_plain_, layer, told)) is not None
+    }
+    planned = [(path, layer, plan) for path, layer in layers if (plan := refuse.or_take(path, rule, layer)) is not None]
+    refuse.raise_any()
+    leaving = [path for path, layer, plan in planned if {*plan.constants, *plan.gone} & {*layer._parameters}]
+    ensure_not_awaited(model, leaving, refuse.what)
+    fits: dict[nn.Module, Fit] = {}
+    if means.examples is not None and means.method is not None and to in WITHIN_SAMPLE and planned:
+        found = [(path, layer) for path, layer, _ in planned]
+        fits = calibrate(model, found, to, means.wish.groups, means.examples, means.method, means.progress)
+    known, plans = paths(model), {layer: plan for _, layer, plan in planned}
+    log = []
+    for path, layer in layers:
+        if layer not in plans and layer not in plain:
             continue
-        notes += [] if fit is None else [put_fit_(layer, fit)]
-        notes += [_groups(plan.attributes["num_groups"])] if "num_groups" in plan.attributes else []
-        notes += ["never called"] if fits and fit is None else []
-        notes += [] if optimizer is None else [_tell(optimizer, layer, held, fit)]
-        error = None if fit is None else fit.error
+        notes = [plain.get(layer, "")]
+        if layer in plans:
+            notes += refuse.or_take(path, _carry_out, layer, plans[layer], fits, means.optimizer) or []
+        error = fits[layer].error if layer in fits else None
         note = "; ".join(filter(None, notes))
-        log.append(Converted(tuple(known[id(layer)]), before, named(own_class(layer)), note, error))
-    if refusals:
-        raise InputError(_about(refusals, what))
+        log.append(Converted(tuple(known[id(layer)]), before[layer], named(own_class(layer)), note, error))
+    refuse.raise_any()
     return log
+
+
+def _carry_out(layer: nn.Module, plan: Plan, fits: dict[nn.Module, Fit], optimizer: Optimizer | None) -> list[str]:
+    """Carry out a plan and put a fit in; what is to be known about it."""
+    held, fit = dict(layer._parameters), fits.get(layer)
+    if fit is not None and "num_groups" in plan.attributes:
+        plan = replace(plan, attributes=plan.attributes | {"num_groups": fit.groups})
+    notes = [become(layer, plan)]
+    notes += [] if fit is None else [put_fit_(layer, fit)]
+    notes += [_groups(plan.attributes["num_groups"])] if "num_groups" in plan.attributes else []
+    notes += ["never called"] if fits and fit is None else []
+    return notes + ([] if optimizer is None else [_tell(optimizer, layer, held, fit)])
 
 
 def _groups(number: int) -> str:
@@ -232,17 +249,12 @@ def _tell(optimizer: Optimizer, layer: nn.Module, held: dict[str, nn.Parameter |
     return ""
 
 
-def _about(refusals: list[tuple[str, str]], what: str) -> str:
-    lines = [f"{path or 'the model'} {reason.rstrip('.')}." for path, reason in refusals]
-    which = "one layer" if len(lines) == 1 else f"{len(lines)} layers"
-    return f"{what} cannot take {which}, and nothing was changed; leave= leaves a layer out.\n" + "\n".join(lines)
-
-
-def _left(model: nn.Module, rule: Rule, known: dict[int, list[str]]) -> dict[str, str]:
+def _left(model: nn.Module, rule: Rule, to: str) -> dict[str, str]:
+    """What one could have expected to change, and why it did not."""
     left: dict[str, str] = {}
-    if rule is to_steadynorm:
-        foreign = (
-            path for path, norm in norms(model) if models.norm_kind(norm) == "frozen" and not is_ours(own_class(norm))
-        )
-        left |= dict.fromkeys(foreign, UNKNOWN)
-    return left | unseen(model, rule, known)
+    frozen = [(path, is_ours(own_class(norm))) for path, norm in norms(model) if models.norm_kind(norm) == "frozen"]
+    if to == "steadynorm":
+        left |= dict.fromkeys((path for path, ours in frozen if not ours), UNKNOWN)
+    if to in (*WITHIN_SAMPLE, "none"):
+        left |= dict.fromkeys((path for path, _ in frozen), FROZEN)
+    return left | unseen(model, rule, paths(model))

@@ -82,7 +82,7 @@ def _ensure_no_clash(layer: nn.Module, plan: Plan) -> None:
         for name in (*vars(layer), *tensors)
         if name not in known and hasattr(plan.cls, name) and not hasattr(old, name)
     ]
-    own = (*BATCH_SETTINGS, *(name for name in plan.attributes if hasattr(old, name)))
+    own = (*BATCH_SETTINGS, *plan.drop, *(name for name in plan.attributes if hasattr(old, name)))
     clashes += [name for name in plan.attributes if name in vars(layer) and name not in own]
     if clashes:
         raise InputError(

@@ -21,6 +21,7 @@ from steadynorm.convert.fit import POSITIONS, Fit, Sums, along, was
 from steadynorm.errors import InputError
 from steadynorm.layers import checks
 from steadynorm.layers.batch import BatchNorm
+from steadynorm.ranks import is_initialized
 from steadynorm.training.evaluation import evaluation
 
 Method = Literal["layer_by_layer", "one_pass"]
@@ -44,7 +45,7 @@ def calibrate(
         InputError: a weight that is not the layer's own to set, or batches that say nothing about a layer.
     """
     _ensure_own(model, found)
-    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    ranks = torch.distributed.get_world_size() if is_initialized() else 1
     if ranks > 1:
         raise InputError(
             f"convert_ to {to!r} sets weights by the batches of one process, and there are {ranks}: convert before"

@@ -22,6 +22,7 @@ class Effect:
 
     Args:
         relative: of each output, sqrt(Σ |new − old|² / Σ |old|²); of integers and booleans the share that differs.
+            Infinite where shapes differ.
         loss_before, loss_after: mean over the samples, where there is a loss.
         samples: that ran through the model.
     """
@@ -89,15 +90,17 @@ class Examples:
 
 def effect(before: Outputs, after: Outputs) -> Effect:
     """How far `after` is from `before`."""
-    count = len(before.tensors[0])
-    relative = tuple(
-        _relative([old[number] for old in before.tensors], [new[number] for new in after.tensors])
-        for number in range(count)
-    )
+    counts = {len(tensors) for outputs in (before, after) for tensors in outputs.tensors}
+    if len(counts) > 1:
+        return Effect((math.inf,), before.samples, before.loss, after.loss)
+    olds, news = (list(zip(*outputs.tensors, strict=True)) for outputs in (before, after))
+    relative = tuple(_relative(old, new) for old, new in zip(olds, news, strict=True))
     return Effect(relative, before.samples, before.loss, after.loss)
 
 
-def _relative(old: list[Tensor], new: list[Tensor]) -> float:
+def _relative(old: Sequence[Tensor], new: Sequence[Tensor]) -> float:
+    if [one.shape for one in old] != [one.shape for one in new]:
+        return math.inf
     if not (old[0].is_floating_point() or old[0].is_complex()):
         differing = sum(int((a != b).sum()) for a, b in zip(old, new, strict=True))
         return differing / max(sum(a.numel() for a in old), 1)

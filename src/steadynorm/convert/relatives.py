@@ -44,6 +44,7 @@ class Wish:
         to: one of RELATIVES.
         dims: of a SyncBatchNorm that does not know its rank.
         ghost_size, limits, groups: see `convert_`.
+        is_seen: whether batches show what the layers are called with.
     """
 
     to: str
@@ -51,6 +52,7 @@ class Wish:
     ghost_size: int | None = None
     limits: Any = None
     groups: int | None = None
+    is_seen: bool = False
 
     def check(self) -> None:
         """Raise InputError where an option does not belong to the target, or cannot be used."""
@@ -202,7 +204,13 @@ def _within_sample(layer: nn.Module, wish: Wish) -> Plan:
 
 def _instance(layer: nn.Module, wish: Wish) -> Plan:
     """Statistics of one channel of one sample, of which none are remembered."""
-    cls = BY_RANK["instance"][_rank(layer, wish)]
+    rank = _rank(layer, wish)
+    if rank == 1 and not wish.is_seen:
+        raise InputError(
+            "is a batch norm of (N, C) or (N, C, L), and an instance norm would take (N, C) for one sample of N"
+            " channels: give batches=, which show what it is called with"
+        )
+    cls = BY_RANK["instance"][rank]
     attributes = {"num_features": _channels(layer), "track_running_stats": False, "affine": _is_affine(layer)}
     keep = ("num_features", "eps", "momentum", "affine", "activation")
     return Plan(cls, _before(layer), attributes, tuple(n for n in BATCH_SETTINGS if n not in keep), emptied=COUNTED)

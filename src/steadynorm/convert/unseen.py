@@ -16,9 +16,10 @@ PLACES = {name for name in vars(nn.Module()) if name.startswith("_")}
 UNSEEN = "not among the modules of the model, where .to() and state_dict() would see it"
 
 
-def norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The normalizations of torch.nn's family and ours, under every path that leads to them."""
-    return [(path, one) for path, one in model.named_modules(remove_duplicate=False) if is_norm(one)]
+def norms(model: nn.Module, also: tuple[type[nn.Module], ...] = ()) -> list[tuple[str, nn.Module]]:
+    """The normalizations of torch.nn's family and ours, and what is one of `also`, under every path to them."""
+    named = model.named_modules(remove_duplicate=False)
+    return [(path, one) for path, one in named if is_norm(one) or isinstance(one, also)]
 
 
 def is_norm(module: nn.Module) -> bool:
