@@ -14,6 +14,7 @@ if typing.TYPE_CHECKING:
     from steadynorm.convert import convert_ as convert_
     from steadynorm.doctor import examine as examine
     from steadynorm.doctor import repair as repair
+    from steadynorm.doctor import watch as watch
     from steadynorm.kernels import backend as backend
     from steadynorm.kernels.cpu.memory import keep_freed_memory as keep_freed_memory
     from steadynorm.layers import BatchNorm1d as BatchNorm1d
@@ -111,12 +112,14 @@ __all__ = [
     "spectral_norm",
     "sync_group",
     "training",
+    "watch",
     "weight_norm",
     "weight_standardization",
 ]
 
 # Where a name lives; it is imported when it is first asked for. A name that is not here is a submodule.
 _HOMES = {"backend": "kernels", "keep_freed_memory": "kernels.cpu.memory", "examine": "doctor", "repair": "doctor"}
+_HOMES["watch"] = "doctor"
 _HOMES["sync_group"] = "ranks"
 _HOMES["convert_"] = "convert"
 _HOMES |= {name: "layers" for name in __all__ if name[0].isupper()}

@@ -3,6 +3,7 @@
 from steadynorm.doctor.diagnosis import Diagnosis, Suppressed
 from steadynorm.doctor.examination import examine, examine_recipe
 from steadynorm.doctor.finding import Finding, Fix
+from steadynorm.doctor.monitor import Monitor, watch
 from steadynorm.doctor.repairs import Repair, repair
 from steadynorm.doctor.rules import RULES, explain
 from steadynorm.doctor.suppression import Suppression, suppress
@@ -13,6 +14,7 @@ __all__ = [
     "Diagnosis",
     "Finding",
     "Fix",
+    "Monitor",
     "Repair",
     "Suppressed",
     "Suppression",
@@ -22,4 +24,5 @@ __all__ = [
     "repair",
     "suppress",
     "undo_",
+    "watch",
 ]

@@ -71,6 +71,11 @@ def advice_for(code: str) -> str:
     return next((advice_of(rule) for rule in RULES if code_of(rule) == code), "")
 
 
+def why_for(code: str) -> str:
+    """The first sentence of the reasons of the rule with this code; empty if there is none."""
+    return next((why_of(rule) for rule in RULES if code_of(rule) == code), "")
+
+
 def markdown(rule: Rule) -> str:
     """The page of a rule as Markdown."""
     page = page_of(rule)

@@ -32,7 +32,8 @@ def status(diagnosis: "Diagnosis") -> Status:
 
 def facts(diagnosis: "Diagnosis") -> dict[str, str]:
     """What was used, and on which machine."""
-    return {"samples": str(diagnosis.facts.batches.used), **machine.describe()}
+    used = diagnosis.facts.batches.used
+    return {**({"samples": str(used)} if used else {}), **machine.describe()}
 
 
 def ending(diagnosis: "Diagnosis") -> list[Block]:

@@ -48,7 +48,10 @@ def table(facts: Facts) -> Table:
             f" Values: behind each statistic in a training batch of {size} samples. Independent: how many unrelated "
             "values these are worth, since values of one sample resemble each other."
         )
-    return Table("Normalization layers", COLUMNS, rows(facts), note)
+    found = rows(facts)
+    known = [i for i in range(len(COLUMNS)) if any(row[i] is not None for row in found)]
+    shown = [tuple(row[i] for i in known) for row in found]
+    return Table("Normalization layers", [COLUMNS[i] for i in known], shown, note if facts.drift else "")
 
 
 def blocks(facts: Facts) -> list[Block]:
