@@ -97,7 +97,8 @@ class Looking:
         self.model, self.layers, self.seen = model, dict(layers), Glimpse(step)
         self._found: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
-        self._counts: dict[str, int] = {}
+        self._open: dict[str, tuple[int, bool]] = {}
+        self._before_model: int | None = None
         self._moved_without: list[Callable[[], bool]] = []
 
     def start(self) -> None:
@@ -117,6 +118,8 @@ class Looking:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for path in list(self._open):
+            self._count(path)
         self.seen.updating = sum(is_extra() for is_extra in self._moved_without)
         self._moved_without.clear()
         if self._found:
@@ -129,7 +132,8 @@ class Looking:
             if layer is not self.layers[path]:  # a copy of the model, made in the middle of a step
                 return
             seen = self.seen.norms.setdefault(path, Seen())
-            self._counts[path] = updates_of(layer)
+            self._count(path)  # of a call that never ended: a recomputation stops where it has what it needs
+            self._open[path] = updates_of(layer), is_in_backward()
             if is_in_backward():
                 return
             if not models.uses_batch_statistics(layer):
@@ -144,15 +148,21 @@ class Looking:
 
     def _after(self, path: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
-            if layer is not self.layers[path] or path not in self._counts:
-                return
-            count = updates_of(layer) - self._counts.pop(path)
-            if is_in_backward():
-                self.seen.norms[path].backward_updates += count
-            else:
-                self.seen.norms[path].forward_updates += count
+            if layer is self.layers[path]:
+                self._count(path)
 
         return hook
+
+    def _count(self, path: str) -> None:
+        """Add what the open call of a norm did to its statistics."""
+        if path not in self._open:
+            return
+        before, was_in_backward = self._open.pop(path)
+        updates = updates_of(self.layers[path]) - before
+        if was_in_backward:
+            self.seen.norms[path].backward_updates += updates
+        else:
+            self.seen.norms[path].forward_updates += updates
 
     @torch.no_grad()
     def _look(self, path: str, layer: nn.Module, args: Any, kwargs: Any) -> None:
@@ -181,15 +191,15 @@ class Looking:
     def _model_before(self) -> Callable[..., None]:
         def hook(model: nn.Module, args: Any) -> None:
             if model is self.model and not is_in_backward():
-                self._counts[""] = sum(map(updates_of, self.layers.values()))
+                self._before_model = sum(map(updates_of, self.layers.values()))
 
         return hook
 
     def _model_after(self) -> Callable[..., None]:
         def hook(model: nn.Module, args: Any, output: Any) -> None:
-            if model is not self.model or "" not in self._counts or is_in_backward():
+            if model is not self.model or self._before_model is None or is_in_backward():
                 return
-            moved = sum(map(updates_of, self.layers.values())) - self._counts.pop("")
+            moved, self._before_model = sum(map(updates_of, self.layers.values())) - self._before_model, None
             self.seen.forwards += model.training
             came_back: list[bool] = []
 

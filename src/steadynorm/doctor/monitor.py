@@ -165,8 +165,9 @@ class Monitor:
     def _reason(self, code: str) -> str:
         if not self.optimizers and code in signs.OF_LEARNING:
             return "no optimizer was given"
-        few = self.looks < signs.PATIENCE
-        return f"it takes {signs.PATIENCE} looks, {self.every} steps apart" if few and code == "SN203" else ""
+        few = self._history.settled < signs.PATIENCE
+        wait = f"it takes {signs.PATIENCE} looks after step {signs.SETTLED}, {self.every} steps apart"
+        return wait if few and code == "SN203" else ""
 
     def _stepped(self) -> Callable[..., None]:
         def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
