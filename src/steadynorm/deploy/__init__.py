@@ -7,9 +7,11 @@ from steadynorm.deploy.difference import default_tolerance as default_tolerance
 from steadynorm.deploy.export import export as export
 from steadynorm.deploy.exported import Exported as Exported
 from steadynorm.deploy.fold import Difference as Difference
+from steadynorm.deploy.fold import Folded as Folded
 from steadynorm.deploy.fold import fold as fold
 from steadynorm.deploy.quantize import Quantized as Quantized
 from steadynorm.deploy.quantize import quantize as quantize
+from steadynorm.deploy.unfold import unfold as unfold
 from steadynorm.deploy.verify import Comparison as Comparison
 from steadynorm.deploy.verify import verify as verify
 
@@ -18,6 +20,7 @@ __all__ = [
     "Comparison",
     "Difference",
     "Exported",
+    "Folded",
     "OutputDifference",
     "Quantized",
     "default_tolerance",
@@ -25,5 +28,6 @@ __all__ = [
     "fold",
     "load",
     "quantize",
+    "unfold",
     "verify",
 ]

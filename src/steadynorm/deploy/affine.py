@@ -28,6 +28,10 @@ class Affine(NamedTuple):
         """Whether every value is finite."""
         return bool(torch.isfinite(self.scale).all() and torch.isfinite(self.shift).all())
 
+    def inverse(self) -> "Affine":
+        """x = y / scale − shift / scale; not finite where scale is 0."""
+        return Affine(1 / self.scale, -self.shift / self.scale)
+
 
 class Weights(NamedTuple):
     """The weight of a linear layer, in the shape that the layer has it, and its bias (out,); float64."""
@@ -129,6 +133,20 @@ def channel_axis(layer: nn.Module, dims: int) -> int:
 def in_features(layer: nn.Module) -> int:
     """Channels of the input."""
     return int(getattr(layer, "in_features", None) or layer.in_channels)  # type: ignore[arg-type]
+
+
+def by_output(layer: nn.Module, weight: Tensor) -> Tensor:
+    """(out, *): what in the weight of a layer makes each channel of its output."""
+    if isinstance(layer, TRANSPOSED):
+        return weight.unflatten(0, (_groups(layer), -1)).transpose(1, 2).flatten(0, 1).flatten(1)
+    return weight.T if isinstance(layer, nn.Embedding) else weight.flatten(1)
+
+
+def by_input(layer: nn.Module, weight: Tensor) -> Tensor:
+    """(in, *): what in the weight of a layer reads each channel of its input."""
+    if isinstance(layer, TRANSPOSED):
+        return weight.flatten(1)
+    return weight.unflatten(0, (_groups(layer), -1)).transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 def _groups(layer: nn.Module) -> int:

@@ -44,6 +44,17 @@ class Difference:
         return "\n".join(lines + ([f"not compared in float64: {self.not_in_float64}"] if self.not_in_float64 else []))
 
 
+@dataclass(frozen=True, repr=False)
+class Folded(Change):
+    """The Change of a fold, which `unfold` can take back.
+
+    Args:
+        folding: the norms that are gone, and what the layers were that took them in.
+    """
+
+    folding: Folding | None = None
+
+
 def fold(
     model: nn.Module,
     batches: Iterable[Any],
@@ -51,7 +62,7 @@ def fold(
     leave: Selection | None = None,
     tolerance: float | None = None,
     forward: Forward | None = None,
-) -> Change:
+) -> Folded:
     """A plain torch.nn copy of `model` for evaluation, with its batch norms folded into convolutions and linear layers.
 
     after a layer:   W' = scale · W,  c' = scale · c + shift
@@ -95,7 +106,8 @@ def fold(
     difference = _differences(plain, folded, steps, batches, forward, tolerance)
     left |= {path: f"{left[path]}; {reason}" if path in left else reason for path, reason in needs.items()}
     apart = tuple(dict.fromkeys(step.layer if step.side == "after" else step.norm for step in steps))
-    return Change(folded, (*made_plain, *folding.log, *log), left, "folded", difference, apart)
+    folding.wide.clear()
+    return Folded(folded, (*made_plain, *folding.log, *log), left, "folded", difference, apart, folding)
 
 
 def _check(model: nn.Module, batches: Sequence[Any]) -> None:

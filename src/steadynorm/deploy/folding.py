@@ -34,7 +34,7 @@ class Folding:
     Args:
         steps: what was done.
         norms: the norms that are gone, by path.
-        before: what the layers were that took them in, by path: parameters, or the norm that was there.
+        before: what the layers were that took them in, by path: weight and bias, or the norm that was there.
     """
 
     def __init__(self, model: nn.Module) -> None:
