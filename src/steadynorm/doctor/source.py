@@ -23,8 +23,8 @@ def locate(model: nn.Module, path: str) -> Location | None:
     """
     modules = [model]
     for name in path.split(".") if path else ():
-        child = getattr(modules[-1], "_modules", {}).get(name)
-        if child is None:
+        child = getattr(modules[-1], name, None)
+        if not isinstance(child, nn.Module):
             break
         modules.append(child)
     if own := _class_line(type(modules[-1])):

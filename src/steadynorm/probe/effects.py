@@ -172,6 +172,18 @@ def of_mates(model: nn.Module, batches: Sequence[Any], forward: Forward, task: T
     return tally.effect() if tally.samples else None
 
 
+def of_inputs(
+    model: nn.Module, batches: Sequence[Any], forward: Forward, correct: Callable[[Any], Any], task: Task = UNJUDGED
+) -> Effect | None:
+    """The effect of the inputs as they are, against batches that were corrected."""
+    tally = _Tally()
+    for batch in batches:
+        count = sample_count(inputs_of(batch, forward)) or 1
+        before, after = run(model, batch, forward), run(model, correct(batch), forward)
+        tally.add(before, after, batch, count, task)
+    return tally.effect() if tally.samples else None
+
+
 def disagreement(before: Any, after: Any, batch: Any) -> tuple[float, int, int] | None:
     """Total variation of the class probabilities, mean over predictions, how many predictions differ, and of how many.
 

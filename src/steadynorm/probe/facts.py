@@ -4,12 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from steadynorm.probe.training_facts import Audit, Axes, Held, Inputs, Likeness, Shared
+from steadynorm.probe.training_facts import Audit, Axes, Held, Inputs, Likeness, Program, Shared
 
-Part = Literal["state", "optimizer", "data", "forward", "training", "drift", "isolation", "audit"]
-PARTS: tuple[Part, ...] = ("state", "optimizer", "data", "forward", "training", "drift", "isolation", "audit")
+Part = Literal["program", "state", "optimizer", "data", "forward", "training", "drift", "isolation", "audit"]
+PARTS: tuple[Part, ...] = (
+    "program",
+    "state",
+    "optimizer",
+    "data",
+    "forward",
+    "training",
+    "drift",
+    "isolation",
+    "audit",
+)
 # What needs no batches: the model and its optimizer, at rest.
-AT_REST: frozenset[Part] = frozenset({"state", "optimizer"})
+AT_REST: frozenset[Part] = frozenset({"program", "state", "optimizer"})
 
 
 @dataclass(frozen=True)
@@ -194,6 +204,27 @@ class Effect:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """A preparation of the inputs that they lack, or have had once too often.
+
+    Args:
+        norm: path of the first norm.
+        name: what is to be done to the inputs.
+        as_given, corrected, runner_up: divergence of the stored statistics of that norm from those of the inputs.
+        tried: how many corrections.
+        effect: of the inputs as they are, against corrected ones.
+    """
+
+    norm: str
+    name: str
+    as_given: float
+    corrected: float
+    runner_up: float
+    tried: int
+    effect: Effect | None = None
+
+
+@dataclass(frozen=True)
 class Drift:
     """Stored statistics of one layer against those of the data.
 
@@ -306,6 +337,8 @@ class Facts:
         rescaled: layers whose weight is normalised, and by what.
         averaged: norms in a network of averaged weights, and what averages them.
         shared: norms that one pass calls several times.
+        programs: compiled programs in place of modules.
+        correction: what makes the evaluation inputs those that the first norm has learned.
         bare_layer: the first layer with weights, where no norm is before it or right behind it.
         inputs, likeness: of the training batches: their scale, and whether they are alike.
         held: how the optimizer holds the parameters.
@@ -333,6 +366,8 @@ class Facts:
     rescaled: Mapping[str, str] = field(default_factory=dict)
     averaged: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, Shared] = field(default_factory=dict)
+    programs: tuple[Program, ...] = ()
+    correction: Correction | None = None
     bare_layer: str = ""
     inputs: Inputs | None = None
     likeness: Likeness | None = None

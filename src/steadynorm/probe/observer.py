@@ -9,7 +9,18 @@ from torch.optim import Optimizer
 
 from steadynorm import models
 from steadynorm.blame import in_a_line
-from steadynorm.probe import audit, bias, drift, instances, isolation, optimizer, spectral, state
+from steadynorm.probe import (
+    audit,
+    bias,
+    drift,
+    instances,
+    isolation,
+    optimizer,
+    preprocessing,
+    programs,
+    spectral,
+    state,
+)
 from steadynorm.probe.audit import Step
 from steadynorm.probe.batches import Source, gather
 from steadynorm.probe.data import Sketch
@@ -108,7 +119,7 @@ class Observer:
             self._skip(("optimizer",), "no parameter takes a gradient" if known else "no optimizer was given")
         if train_batches is None:
             self._skip(OF_TRAINING_BATCHES, "no training batches were given")
-        if not self._try(("state",), self._state) or self.wanted <= AT_REST:
+        if self._is_program() or not self._try(("state",), self._state) or self.wanted <= AT_REST:
             return
         self._gather(batches, train_batches, samples)
         if not self.here or not self.there:
@@ -128,6 +139,15 @@ class Observer:
             self._try(("isolation",), self._isolation)
         if "audit" in self.wanted:
             self._try(("audit",), self._audit)
+
+    def _is_program(self) -> bool:
+        """Whether the model is a compiled program, or holds one: its modes and tensors could not be put back."""
+        found = self.found["programs"] = programs.programs(self.model)
+        if found:
+            place = found[0].path or "the model"
+            reason = f"{place} is a compiled program ({found[0].kind}): examine the model that it was made from"
+            self._skip([part for part in PARTS if part != "program"], reason)
+        return bool(found)
 
     def _wants(self, *parts: Part) -> bool:
         return any(part in self.wanted and part not in self.skipped for part in parts)
@@ -167,7 +187,7 @@ class Observer:
 
     def _resting_on(self, action: Callable[[], None], parts: tuple[Part, ...]) -> tuple[Part, ...]:
         """What cannot be looked at when `action` fails."""
-        return PARTS if action == self._state else RUNNING if action == self._forward else parts
+        return PARTS[1:] if action == self._state else RUNNING if action == self._forward else parts
 
     def _gather(self, batches: Source, train_batches: Source | None, samples: int) -> None:
         self.here, self.found["batches"] = gather(batches, self.forward, self.model, samples, "batches")
@@ -249,6 +269,9 @@ class Observer:
 
     def _drift(self) -> None:
         found, stale = self.drifts, self.stale
+        self.found["correction"] = preprocessing.correction(
+            self.model, self.here, self.forward, self.task, self.found["norms"], self.found["calls"]
+        )
         dropped = drift.with_dropout(self.model, self.there, self.forward, stale, self.stored, self.found["norms"])
         found |= {path: replace(found[path], with_dropout=value) for path, value in dropped.items()}
         try:

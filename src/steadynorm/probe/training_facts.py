@@ -138,3 +138,20 @@ class Shared:
     calls: int
     divergence: float
     null: float
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program in place of a module.
+
+    Args:
+        path: where it is in the model; empty is the model itself.
+        kind: what made it: torch.jit or torch.export.
+        training: places in it at which batch norm normalises by the batch.
+        is_fixed: whether that is written into the program, so that no mode changes it.
+    """
+
+    path: str
+    kind: str
+    training: tuple[str, ...]
+    is_fixed: bool

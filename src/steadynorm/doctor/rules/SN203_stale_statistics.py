@@ -53,6 +53,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             or drift.path in facts.averaged
             or drift.is_from_dropout
             or is_slow(drift, facts)
+            or (facts.correction is not None and facts.correction.norm == drift.path)
         )
         if drift.effect is not None and not is_explained:
             yield _finding(drift, drift.effect)

@@ -53,6 +53,7 @@ from steadynorm.doctor.rules import (
     SN309_accumulated_statistics,
     SN401_batches_not_alike,
     SN402_ragged_last_batch,
+    SN405_preprocessing_mismatch,
     SN406_input_scale,
     SN407_constant_feature,
     SN501_mean_over_deviation,
@@ -60,6 +61,7 @@ from steadynorm.doctor.rules import (
     SN701_decay_on_norm,
     SN702_norm_not_optimised,
     SN801_batch_dependent_evaluation,
+    SN802_program_in_training_mode,
 )
 from steadynorm.errors import InputError
 from steadynorm.probe import Facts, Part
@@ -116,6 +118,7 @@ RULES: tuple[Rule, ...] = (
     SN309_accumulated_statistics,
     SN401_batches_not_alike,
     SN402_ragged_last_batch,
+    SN405_preprocessing_mismatch,
     SN406_input_scale,
     SN407_constant_feature,
     SN501_mean_over_deviation,
@@ -123,6 +126,7 @@ RULES: tuple[Rule, ...] = (
     SN701_decay_on_norm,
     SN702_norm_not_optimised,
     SN801_batch_dependent_evaluation,
+    SN802_program_in_training_mode,
 )
 
 
