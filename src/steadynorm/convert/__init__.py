@@ -21,7 +21,7 @@ from steadynorm.convert.change import Change, Converted
 from steadynorm.convert.classes import is_ours, named
 from steadynorm.convert.effect import Effect, Examples, Forward, Loss, effect
 from steadynorm.convert.fit import Fit
-from steadynorm.convert.holders import ensure_not_awaited, ensure_of, forget_, remembered, take_out_
+from steadynorm.convert.holders import ensure_of, ensure_unwrapped, forget_, remembered, take_out_
 from steadynorm.convert.refusals import Refusals
 from steadynorm.convert.relatives import RELATIVES, WITHIN_SAMPLE, Wish, to_relative
 from steadynorm.convert.targets import Plan, Rule, to_batch, to_steadynorm, to_sync, to_torch
@@ -202,8 +202,8 @@ def _convert(model: nn.Module, layers: list[Named], rule: Rule, told: Told, mean
     }
     planned = [(path, layer, plan) for path, layer in layers if (plan := refuse.or_take(path, rule, layer)) is not None]
     refuse.raise_any()
-    leaving = [path for path, layer, plan in planned if {*plan.constants, *plan.gone} & {*layer._parameters}]
-    ensure_not_awaited(model, leaving, refuse.what)
+    leaving = [path for path, _, plan in planned if plan.constants or plan.gone or plan.emptied]
+    ensure_unwrapped(model, leaving, refuse.what)
     fits: dict[nn.Module, Fit] = {}
     if means.examples is not None and means.method is not None and to in WITHIN_SAMPLE and planned:
         found = [(path, layer) for path, layer, _ in planned]

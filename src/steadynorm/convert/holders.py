@@ -56,13 +56,13 @@ def forget_(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> set[i
     return {id(parameter) for parameter in parameters if optimizer.state.pop(parameter, None)}
 
 
-def ensure_not_awaited(model: nn.Module, paths: list[str], what: str) -> None:
-    """Raise InputError where DistributedDataParallel waits for gradients of the layers at `paths`, which get none."""
-    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
-    if paths and (wrapped or sharded):
-        wrapper = "DistributedDataParallel, which goes on waiting for" if wrapped else "FSDP, which holds"
+def ensure_unwrapped(model: nn.Module, paths: list[str], what: str) -> None:
+    """Raise InputError where a wrapper reduces or broadcasts tensors of the layers at `paths`, which lose some."""
+    is_wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    is_sharded = any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+    if paths and (is_wrapped or is_sharded):
+        wrapper = "DistributedDataParallel" if is_wrapped else "FSDP"
         raise InputError(
-            f"{what} takes {paths[0] or 'the model'} and its parameters out of a model inside {wrapper} their"
-            " gradients: convert before it is wrapped."
+            f"{what} takes parameters or buffers of {paths[0] or 'the model'} out of a model inside {wrapper}, which"
+            " would go on waiting for them: convert before it is wrapped."
         )
