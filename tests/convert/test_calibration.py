@@ -24,13 +24,6 @@ TORCHS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 GROUPS = {"group": 4, "layer": 1, "instance": 8, "channel_layer": 0}
 
 
-@pytest.fixture(autouse=True)
-def _by_reference():
-    """The kernels have tests of their own, and those in float64 take seconds to compile."""
-    with steadynorm.backend("reference"):
-        yield
-
-
 def lived(norm):
     """A batch norm with statistics and weights of its own."""
     for name, tensor in (*norm.named_parameters(), *norm.named_buffers()):
