@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench docs clean
 
 install: $(DONE)
 
@@ -27,6 +27,9 @@ check: install
 
 test: check
 	$(BIN)/python -m pytest -n 2
+
+docs: install
+	$(BIN)/python -c 'from pathlib import Path; from steadynorm.doctor import pages; pages.write(Path("docs/rules"))'
 
 bench: install
 	$(BIN)/python -m benchmarks.batch_norm

@@ -1,11 +1,10 @@
-"""The page of every rule, from the docstring of its file: `python -m steadynorm.doctor.pages docs/rules` writes them.
+"""The page of every rule, from the docstring of its file: `make docs` writes them to docs/rules.
 
 `steadynorm explain` shows the same text.
 """
 
 import inspect
 import re
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +128,3 @@ def write(folder: Path) -> None:
 
 def _linked(source: str) -> str:
     return re.sub(r"https?://[^\s,;)]+", lambda found: f"<{found[0]}>", source)
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1] if len(sys.argv) > 1 else "docs/rules"))

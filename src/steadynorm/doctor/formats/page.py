@@ -148,7 +148,7 @@ def _points(name: str, index: int, drift: Drift, kept: Sequence[int]) -> Series:
 
 
 def _spread(drift: Drift) -> list[int]:
-    """Indices of at most MOST_POINTS channels, evenly over the order of their distance, the farthest among them."""
+    """Indices of at most MOST_POINTS channels: the farthest, and others evenly over the order of their distance."""
 
     def distance(i: int) -> float:
         (mean, var), (mean_data, var_data) = drift.stored[i], drift.measured[i]
@@ -157,5 +157,6 @@ def _spread(drift: Drift) -> list[int]:
 
     readable = [i for i, pair in enumerate(drift.measured) if all(map(math.isfinite, pair))]
     order = sorted(readable, key=distance, reverse=True)
-    step = max(1, -(-len(order) // MOST_POINTS))
-    return sorted(order[::step])
+    farthest, rest = order[: MOST_POINTS // 2], order[MOST_POINTS // 2 :]
+    step = max(1, -(-len(rest) // (MOST_POINTS - MOST_POINTS // 2)))
+    return sorted([*farthest, *rest[::step]])

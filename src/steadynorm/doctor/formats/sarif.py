@@ -28,7 +28,7 @@ def sarif(diagnosis: "Diagnosis") -> dict[str, Any]:
     index = {code_of(rule): number for number, rule in enumerate(rules)}
     results = [_result(finding, index) for finding in diagnosis.findings]
     for each in diagnosis.suppressed:
-        why = [{"kind": "external", "status": "accepted", "justification": each.reason}]
+        why = [{"kind": "external", "justification": each.reason}]
         results.append({**_result(each.finding, index), "suppressions": why})
     notes = [
         _notification(f"{code} was not checked: {reason}.", code, index) for code, reason in diagnosis.unchecked.items()
