@@ -23,6 +23,7 @@ Format = Literal["onnx", "torch"]
 FORMATS: dict[str, Format] = {".onnx": "onnx", ".pt2": "torch"}
 """By suffix: ONNX, run by onnxruntime; a program of torch.export, run by PyTorch."""
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+LOGGERS = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "torch.utils", "torchao", "onnxscript", "onnx_ir")
 OUTPUT_NAMES = "steadynorm.outputs"
 """In the metadata of an ONNX file: where each output is in what the model gives."""
 
@@ -121,15 +122,15 @@ def require(*packages: str) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the remarks of exporters: about their own deprecated calls, and what else could be installed."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "torch.utils", "torchao")
-    ]
+    """Without the remarks of exporters: on their own deprecated calls, on what else could be installed, and tracebacks
+    of errors that they pass over. What stops them is raised.
+    """
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
-            logger.setLevel(logging.ERROR)
+            logger.setLevel(logging.CRITICAL)
         try:
             yield
         finally:

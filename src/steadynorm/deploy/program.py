@@ -4,6 +4,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from steadynorm.samples import map_tensors, sample_count, tensors_in
 
 LARGEST_ONNX = 2**31 - 1
 """Bytes of one ONNX file: the limit of its format, protobuf."""
+SIZE_IS_FIXED = "onstraints violated"
+"""In what torch.export says of a size that it was told to leave free."""
 PRIVATE = "stack_trace"
 """Of a node of a graph: lines and paths of the machine where it was made, which nobody else needs to read."""
 
@@ -65,10 +68,12 @@ def trace(model: nn.Module, batches: Sequence[Any], dynamic_batch: bool) -> Any:
     dynamic = _like(free, example[0])
     shapes_of_arguments = dynamic if isinstance(dynamic, dict | tuple) and not _is_tensor(example[0]) else (dynamic,)
     try:
-        with models.undisturbed(model), torch.no_grad(), quiet():
+        # Where it fails it prints the whole graph so far.
+        with models.undisturbed(model), torch.no_grad(), quiet(), redirect_stderr(io.StringIO()):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes_of_arguments)
     except Exception as error:
-        hint = " Where the batch size is what is fixed, dynamic_batch=False exports it so." if dynamic_batch else ""
+        is_fixed = dynamic_batch and SIZE_IS_FIXED in str(error)
+        hint = " Its code fixes a size; if that is the batch's, dynamic_batch=False exports it so." if is_fixed else ""
         raise InputError(f"torch.export cannot follow the model: {in_a_line(error)}.{hint}") from error
     for node in program.graph.nodes:
         node.meta.pop(PRIVATE, None)
