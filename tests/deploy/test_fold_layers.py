@@ -131,6 +131,35 @@ def test_data_far_from_zero_keeps_its_digits():
     assert change.difference.outputs[0].relative < 1e-6
 
 
+# A border of zeros behind the norm.
+
+
+@pytest.mark.parametrize("padding", [1, "same", (2, 0)])
+def test_one_value_for_all_channels_can_be_padded_before_the_norm(padding):
+    """Gray images, and colours that are all standardised alike."""
+    x = IMAGES[:, :1]
+    model = trained(nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(), nn.Conv2d(1, 4, 3, padding=padding, dilation=2)))
+    change = folded(model, x)
+    assert where(change) == {"0": "folded forward into 2"}
+    assert type(change.model[0]) is nn.ConstantPad2d
+    alike = nn.Sequential(_fitted(x), nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3))
+    assert len(folded(trained(alike), x).log) == 2
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.fill_(0.5)
+    norm.running_var.fill_(0.25)
+    assert where(folded(nn.Sequential(norm, nn.Conv2d(3, 4, 3, padding=padding)).eval(), IMAGES))
+
+
+def test_another_value_for_each_channel_cannot():
+    model = trained(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1)))
+    assert "another value for each channel" in folded(model, IMAGES).left["0"]
+    with torch.no_grad():
+        model[0].weight.zero_()  # no value is taken to 0
+    assert "another value for each channel" in folded(model, IMAGES).left["0"]
+    turned = Net(lambda m, x: m.conv(m.bn(x).mT), bn=nn.BatchNorm2d(1), conv=nn.Conv2d(1, 4, 3, padding=(1, 0)))
+    assert "reshaped behind the norm" in folded(trained(turned), IMAGES[:, :1]).left["bn"]
+
+
 # Norms in a row.
 
 

@@ -47,6 +47,7 @@ CASES = {
         IMAGES,
     ),
     "grouped, before": (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 6, 2, groups=3, bias=False)), IMAGES),
+    "border": (lambda: nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 4, 3, padding=1)), IMAGES[:, :1]),
     "no bias in either": (
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, affine=False)),
         IMAGES,
@@ -58,6 +59,10 @@ CASES = {
         ROWS,
     ),
     "input": (lambda: nn.Sequential(layers.InputNorm.fit([ROWS]), nn.Linear(6, 5)), ROWS),
+    "input in between": (
+        lambda: nn.Sequential(nn.Linear(6, 6, bias=False), layers.InputNorm.fit([ROWS]), nn.ReLU()),
+        ROWS,
+    ),
     "words": (lambda: nn.Sequential(nn.Embedding(9, 6), nn.BatchNorm1d(6)), torch.arange(9)),
     "in a row": (lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.BatchNorm2d(3)), IMAGES),
     "residual": (

@@ -12,7 +12,7 @@ from steadynorm.convert import convert_
 from steadynorm.convert.change import Converted
 from steadynorm.convert.classes import is_ours, named
 from steadynorm.deploy import units
-from steadynorm.deploy.affine import Affine, Weights, after, before, fits, put_, weights_of
+from steadynorm.deploy.affine import CONVS, Affine, Weights, after, before, fits, put_, weights_of
 from steadynorm.deploy.flow import Record
 from steadynorm.deploy.places import Refused, Step
 from steadynorm.errors import InputError
@@ -20,6 +20,7 @@ from steadynorm.layers import InputNorm
 
 Before = nn.Module | dict[str, Tensor | None]
 
+PADS: dict[int, Any] = {1: nn.ConstantPad1d, 2: nn.ConstantPad2d, 3: nn.ConstantPad3d}
 BY_RANK: dict[int, type[nn.Module]] = {
     2: nn.BatchNorm1d,
     3: nn.BatchNorm1d,
@@ -35,6 +36,7 @@ class Folding:
         steps: what was done.
         norms: the norms that are gone, by path.
         before: what the layers were that took them in, by path: weight and bias, or the norm that was there.
+        padding: of convolutions that do not pad any more, how they did.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,6 +44,7 @@ class Folding:
         self.steps = list[Step]()
         self.norms = dict[str, nn.Module]()
         self.before = dict[str, Before]()
+        self.padding = dict[str, tuple[Any, list[int]]]()
         self.log = list[Converted]()
         self.wide = dict[str, Weights | Affine]()
 
@@ -65,14 +68,26 @@ class Folding:
             self.before.setdefault(step.layer, {name: getattr(layer, name, None) for name in ("weight", "bias")})
             put_(layer, new)
         self.wide[step.layer] = new
-        stand_in = adding(None, inside.activation) if step.adds else inside.activation or nn.Identity().eval()
+        stand_in = self._stand_in(step, layer, inside.activation)
         models.replace(self.model, norm, stand_in)
         self.steps.append(step)
         self.norms[step.norm] = norm
         verb = "folded into" if step.side == "after" else "folded forward into"
-        is_bare = inside.activation is None and not step.adds
-        note = "" if is_bare else f"{'the addition' if step.adds else named(type(inside.activation))} in its place"
+        shown = "the addition" if step.adds else named(type(stand_in))
+        note = "" if isinstance(stand_in, nn.Identity) else f"{shown} in its place"
         self.log.append(Converted(paths, named(type(norm)), f"{verb} {step.layer}", note))
+
+    def _stand_in(self, step: Step, layer: nn.Module, activation: nn.Module | None) -> nn.Module:
+        """What is left to do where the norm was."""
+        if step.adds:
+            return adding(None, activation)
+        if step.border is None:
+            return activation or nn.Identity().eval()
+        assert isinstance(layer, CONVS)
+        widths = layer._reversed_padding_repeated_twice
+        self.padding[step.layer] = (layer.padding, widths)
+        layer.padding, layer._reversed_padding_repeated_twice = (0,) * (len(widths) // 2), [0] * len(widths)
+        return PADS[len(widths) // 2](tuple(widths), step.border).eval()
 
     def _new(self, step: Step, layer: nn.Module, affine: Affine) -> Weights | Affine:
         """What the layer becomes."""

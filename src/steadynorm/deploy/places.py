@@ -1,5 +1,6 @@
 """Which norm can go into which layer, decided by what was recorded; a reason where none can."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,8 @@ from steadynorm.layers.weight.target import TRANSPOSED
 
 EXACT_PADDING = ("circular", "reflect", "replicate")
 """Padding with values of the input: scaled and shifted as they are."""
+ROUNDING = 1e-12
+"""Of one value in float64."""
 SPARE = 4
 """A norm whose input is so far from zero that rounding alone reaches 1/4 of the tolerance stays where it is."""
 
@@ -28,6 +31,8 @@ class Step:
         side: on which side of the layer the norm is.
         rank: number of dimensions that the norm is called with.
         adds: whether it is called with a residual, which is still to be added where it was.
+        border: of a norm before a layer that pads with zeros, the value that the norm takes to 0: padding with it in
+            the norm's place is padding with 0 behind it. None where there is nothing to pad.
     """
 
     norm: str
@@ -35,6 +40,7 @@ class Step:
     side: Literal["after", "before"]
     rank: int
     adds: bool = False
+    border: float | None = None
 
 
 class Refused(Exception):
@@ -144,9 +150,11 @@ class Places:
                 )
         for call in calls:
             self._check_sole_use(path, call, target)
-        self._check_padding(target, layer, inside)
+        border = self._border(target, layer, inside)
+        if border is not None and any(taken.given not in map(_made, calls) for taken in self.record.calls[target]):
+            raise Refused(f"{target} pads with zeros what is reshaped behind the norm")
         self._check_parameters(target)
-        return self._step(path, target, "before")
+        return dataclasses.replace(self._step(path, target, "before"), border=border)
 
     def _step(self, path: str, layer: str, side: Literal["after", "before"]) -> Step:
         call = self.record.calls[path][0]
@@ -219,20 +227,27 @@ class Places:
         if size != in_features(layer) or not _have_same_channels(maker.made, 1, taken.given, axis):
             raise Refused(f"{target} takes {taken.given.shape}, and its channels are not those of the norm")
 
-    def _check_padding(self, target: str, layer: nn.Module, inside: Inside) -> None:
-        if not bool(inside.affine.shift.any()) or isinstance(layer, nn.Linear):
-            return
+    def _border(self, target: str, layer: nn.Module, inside: Inside) -> float | None:
+        """What is to be padded with before the norm, where zeros are behind it; None where nothing is."""
+        scale, shift = inside.affine
+        if not bool(shift.any()) or isinstance(layer, nn.Linear):
+            return None
         if isinstance(layer, TRANSPOSED):
             raise Refused(
                 f"{target} is a transposed convolution: of the shift of a norm before it, a different part reaches each"
                 " place of its output"
             )
         assert isinstance(layer, CONVS)
-        reach = layer._reversed_padding_repeated_twice
-        if any(reach) and layer.padding_mode not in EXACT_PADDING:
+        if not any(layer._reversed_padding_repeated_twice) or layer.padding_mode in EXACT_PADDING:
+            return None
+        border = -shift[0] / scale[0]
+        # torch.nn pads with one value for all channels.
+        if not bool(((scale * border + shift).abs() <= ROUNDING * shift.abs().max()).all()):
             raise Refused(
-                f"{target} pads with zeros behind the norm, which would be before it: the border would differ"
+                f"{target} pads with zeros behind the norm; before it that is another value for each channel, which no"
+                " layer of torch.nn pads with"
             )
+        return float(border)
 
     def _check_parameters(self, path: str) -> None:
         """Raise Refused where code outside of the layer reads its tensors."""
@@ -247,6 +262,10 @@ class Places:
         """Whether a use is a call that gave back what it was given."""
         call = use.call
         return call is not None and units.is_passing(self.modules[call.path]) and call.made == call.given
+
+
+def _made(call: Call) -> Geometry | None:
+    return call.made
 
 
 def _takes_before(layer: nn.Module) -> bool:

@@ -59,6 +59,9 @@ def unfold(
     for layer in dict.fromkeys(step.layer for step in folding.steps):
         steps = [step for step in folding.steps if step.layer == layer]
         _take_back(model, layer, folding.before[layer], steps, norms, notes)
+        if layer in folding.padding:
+            conv: Any = _at(model, layer)
+            conv.padding, conv._reversed_padding_repeated_twice = folding.padding[layer]
     log = tuple(
         Converted(paths[path], _put_back(model, paths[path], norm), named(type(norm)), notes.get(path, ""))
         for path, norm in norms.items()
@@ -143,7 +146,7 @@ def _rescaled(step: Step, layer: nn.Module, norm: nn.Module, is_same: Weights) -
     lost = changed & (scale.abs() < torch.finfo(torch.float32).tiny)
     if not bool(lost.any()):
         return is_same
-    weight = norm.weight
+    weight = getattr(norm, "weight", None)
     if isinstance(weight, Tensor):
         with torch.no_grad():
             weight[lost] = 1
@@ -166,27 +169,26 @@ def _put_trained(
 ) -> None:
     """Give the layer its weights; a bias that it did not have goes into the norm behind it, where there is a place."""
     norm = norms[first.norm]
-    has_bias = was["bias"] is not None or isinstance(layer, nn.Embedding)
-    if not has_bias and first.side == "after" and isinstance(norm.bias, Tensor):
-        with torch.no_grad():
-            norm.bias.copy_(norm.bias.double() + units.inside_of(norm).affine.scale * wide.bias)
-        wide, moved = Weights(wide.weight, torch.zeros_like(wide.bias)), True
-    else:
-        moved = False
+    bias = getattr(norm, "bias", None)
     put_(layer, wide)
-    if moved:
-        layer.register_parameter("bias", None)
-    elif not has_bias:
+    if was["bias"] is not None or isinstance(layer, nn.Embedding):
+        return
+    if first.side == "before" or not isinstance(bias, Tensor):
         notes[first.norm] = f"{first.layer} has a bias now"
+        return
+    with torch.no_grad():
+        bias.copy_(bias.double() + units.inside_of(norm).affine.scale * wide.bias)
+    layer.register_parameter("bias", None)
 
 
 def _restore(layer: nn.Module, was: dict[str, Tensor | None]) -> None:
     """The parameters that a layer had, in copies."""
-    trains = layer.weight.requires_grad
-    for name, tensor in was.items():
-        if name in layer._parameters:
-            new = None if tensor is None else nn.Parameter(tensor.detach().clone(), requires_grad=bool(trains))
-            layer.register_parameter(name, new if new is None else new.to(layer.weight.device))  # type: ignore[arg-type]
+    now = layer.weight
+    assert isinstance(now, Tensor)
+    for name in layer._parameters.keys() & was.keys():
+        tensor = was[name]
+        new = None if tensor is None else nn.Parameter(tensor.detach().to(now.device, copy=True), now.requires_grad)
+        layer.register_parameter(name, new)
 
 
 def _split_norm(model: nn.Module, path: str, was: nn.Module, steps: list[Step], norms: dict[str, nn.Module]) -> None:
