@@ -1,6 +1,6 @@
 """`steadynorm doctor --fix`: the repairs, a second look, weights that the recipe's model takes, and back again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from steadynorm import doctor
 from steadynorm.cli.output import writing
+from steadynorm.cli.written import write_weights
 from steadynorm.doctor import Diagnosis, Repair, Suppression
 from steadynorm.doctor import undo as undoing
 from steadynorm.errors import InputError
 from steadynorm.recipe import Recipe
 from steadynorm.report import Block, Document, Heading, Paragraph, ensure_writable
-from steadynorm.report.files import replacing
-from steadynorm.weights import read_weights
-
-SUFFIXES = (".safetensors", ".pt", ".pth")
+from steadynorm.weights import SUFFIXES, read_weights
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def repair(
         step=asked.step,
         select=(*diagnosis.checked, *diagnosis.unchecked),
     )
-    _write(_weights(model, recipe), path)
+    write_weights(_weights(model, recipe), path)
     fixes = [finding.fix for finding in diagnosis.findings if finding.fix is not None]
     hidden = 0 if unsafe else sum(fix.apply is not None and not fix.is_safe for fix in fixes)
     return Repaired(repairs, doctor.suppress(after, keep), hidden)
@@ -129,7 +127,7 @@ def take_back(undo: Path, weights: Path, out: Path) -> tuple[int, list[str]]:
     what = undoing.read(undo)
     with writing(out):
         ensure_writable(out)
-    _write(undoing.undone(read_weights(weights), what, str(weights)), out)
+    write_weights(undoing.undone(read_weights(weights), what, str(weights)), out)
     in_code = [f"{path}.{key} = {value!r}" for path, each in what.attributes.items() for key, value in each.items()]
     return len(what.tensors), in_code
 
@@ -141,15 +139,3 @@ def _weights(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
         if name not in state:
             state[name] = torch.zeros_like(tensor)
     return state
-
-
-def _write(state: Mapping[str, Tensor], path: Path) -> None:
-    # Copies: safetensors refuses tensors that share memory, and tied weights do.
-    whole = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-    with writing(path), replacing(path) as temporary:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
-            save_file(whole, temporary)
-        else:
-            torch.save(whole, temporary)

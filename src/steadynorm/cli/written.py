@@ -1,4 +1,4 @@
-"""What the deployment commands write: weights, and which files are possible at all, found out before the work."""
+"""What commands write beside their report: weights; and which files are possible at all, found before the work."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 
 from steadynorm.cli.output import writing
+from steadynorm.deploy.artefact import FORMATS
+from steadynorm.deploy.exported import REPORT_SUFFIX
 from steadynorm.errors import InputError
 from steadynorm.report import ensure_writable
 from steadynorm.report.files import replacing
+from steadynorm.weights import SUFFIXES as WEIGHTS
 
-WEIGHTS = (".safetensors", ".pt", ".pth")
-ARTEFACTS = (".onnx", ".pt2")
-BESIDE = ".json"
-"""Added to the name of an artefact: the file with what was measured on it."""
+__all__ = ["ARTEFACTS", "WEIGHTS", "ensure_possible", "write_weights"]
+
+ARTEFACTS = tuple(FORMATS)
 
 
 def ensure_possible(command: str, path: Path | None, suffixes: Sequence[str], why: str = "") -> Path:
@@ -32,7 +34,7 @@ def ensure_possible(command: str, path: Path | None, suffixes: Sequence[str], wh
     if path.suffix not in suffixes:
         known = f"{why}; " if why and path.suffix in WEIGHTS else ""
         raise InputError(f"{command} got --out {path}: {known}expected a file that ends in {kinds}.")
-    for one in (path, *([path.with_name(path.name + BESIDE)] if path.suffix in ARTEFACTS else [])):
+    for one in (path, *([path.with_name(path.name + REPORT_SUFFIX)] if path.suffix in ARTEFACTS else [])):
         with writing(one):
             ensure_writable(one)
     return path
