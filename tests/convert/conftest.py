@@ -11,8 +11,8 @@ import steadynorm
 
 @pytest.fixture(autouse=True)
 def by_reference(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Plain PyTorch, but for what is converted between torch.nn and ours."""
-    if request.path.name == "test_convert.py":
+    """Plain PyTorch, but for what is converted between torch.nn and ours, and what is trained."""
+    if request.path.name in ("test_convert.py", "test_accuracy.py"):
         yield
         return
     with steadynorm.backend("reference"):

@@ -198,6 +198,24 @@ def test_frozen_weights_leave_the_optimizer_when_it_is_given():
     assert back.log[0].note == ""
 
 
+def test_a_parameter_that_another_layer_shares_goes_on():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    shared = model[1].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(5, 4, 3, 3)).square().mean().backward()
+    optimizer.step()
+    gradient, bias = shared.grad, model[0].bias
+    convert_(model, "frozen", only="0", optimizer=optimizer)
+    assert model[1].weight is shared
+    assert shared.grad is gradient
+    assert shared in optimizer.state
+    assert bias not in optimizer.state
+    assert bias.grad is None
+    optimizer.step()
+    assert not torch.equal(model[0].weight, shared)
+    assert torch.equal(model[0].bias, bias)
+
+
 def test_a_frozen_layer_whose_values_changed_comes_back_with_parameters_of_its_own():
     model = network()
     weight = model[1].weight

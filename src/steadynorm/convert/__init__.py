@@ -120,22 +120,36 @@ def convert_(
     layers = _chosen(model, only, leave, told)
     examples = None if batches is None else Examples(batches, forward, loss)
     _check(model, examples, loss, optimizer, method)
-    before = None if examples is None else examples.run(model)
+    fits: dict[nn.Module, Fit] = {}
+    before, difference = None, None
     with _restored(model, layers, optimizer, examples is not None):
-        log = _convert(model, layers, rule, told, _Means(wish, examples, method, progress, optimizer))
-        difference = None if examples is None or before is None else effect(before, examples.run(model))
+        plans = _plans(model, layers, rule, told, f"convert_ to {to!r}")
+        if examples is not None:
+            before = examples.run(model)
+            if method is not None and to in WITHIN_SAMPLE:
+                found = [(plan.path, plan.layer) for plan in plans if plan.plan is not None]
+                fits = calibrate(model, found, to, groups, examples, method, progress)
+        log = _carry_out(model, plans, fits, optimizer, f"convert_ to {to!r}")
+        if examples is not None and before is not None:
+            difference = effect(before, examples.run(model))
     return Change(model, tuple(log), _left(model, rule, to), difference=difference)
 
 
 @dataclass(frozen=True)
-class _Means:
-    """What a conversion is carried out with."""
+class _Planned:
+    """A layer and what is to become of it.
 
-    wish: Wish
-    examples: Examples | None
-    method: Method | None
-    progress: Progress | None
-    optimizer: Optimizer | None
+    Args:
+        was: its class.
+        note: what is to be known of what was made of it already, as told.
+        plan: None where that was all.
+    """
+
+    path: str
+    layer: nn.Module
+    was: str
+    note: str
+    plan: Plan | None
 
 
 def _check(
@@ -192,61 +206,66 @@ def _restored(model: nn.Module, layers: list[Named], optimizer: Optimizer | None
         raise
 
 
-def _convert(model: nn.Module, layers: list[Named], rule: Rule, told: Told, means: _Means) -> list[Converted]:
-    """All of `layers` that the rule has a plan for, or none."""
-    to = means.wish.to
-    refuse = Refusals(f"convert_ to {to!r}")
-    before = {layer: named(own_class(layer)) for _, layer in layers}
-    plain = {
-        layer: note for path, layer in layers if (note := refuse.or_take(path, made_plain_, layer, told)) is not None
-    }
-    planned = [(path, layer, plan) for path, layer in layers if (plan := refuse.or_take(path, rule, layer)) is not None]
-    refuse.raise_any()
-    leaving = [path for path, _, plan in planned if plan.constants or plan.gone or plan.emptied]
-    ensure_unwrapped(model, leaving, refuse.what)
-    fits: dict[nn.Module, Fit] = {}
-    if means.examples is not None and means.method is not None and to in WITHIN_SAMPLE and planned:
-        found = [(path, layer) for path, layer, _ in planned]
-        fits = calibrate(model, found, to, means.wish.groups, means.examples, means.method, means.progress)
-    known, plans = paths(model), {layer: plan for _, layer, plan in planned}
-    log = []
+def _plans(model: nn.Module, layers: list[Named], rule: Rule, told: Told, what: str) -> list[_Planned]:
+    """What is to become of the layers of which something is to become; those that are told about are made plain."""
+    plans, refuse = [], Refusals(what)
     for path, layer in layers:
-        if layer not in plans and layer not in plain:
-            continue
-        notes = [plain.get(layer, "")]
-        if layer in plans:
-            notes += refuse.or_take(path, _carry_out, layer, plans[layer], fits, means.optimizer) or []
-        error = fits[layer].error if layer in fits else None
-        note = "; ".join(filter(None, notes))
-        log.append(Converted(tuple(known[id(layer)]), before[layer], named(own_class(layer)), note, error))
+        was = named(own_class(layer))
+        note = refuse.or_take(path, made_plain_, layer, told)
+        plan = refuse.or_take(path, rule, layer)
+        if note is not None or plan is not None:
+            plans.append(_Planned(path, layer, was, note or "", plan))
     refuse.raise_any()
+    lose = [one.path for one in plans if one.plan and (one.plan.constants or one.plan.gone or one.plan.emptied)]
+    ensure_unwrapped(model, lose, what)
+    return plans
+
+
+def _carry_out(
+    model: nn.Module, plans: list[_Planned], fits: dict[nn.Module, Fit], optimizer: Optimizer | None, what: str
+) -> list[Converted]:
+    """Carry all plans out, put the fits in, and tell the optimizer."""
+    refuse, known = Refusals(what), paths(model)
+    held = {one.layer: [*one.layer.parameters(recurse=False)] for one in plans}
+    notes = {one.layer: [one.note, *(refuse.or_take(one.path, _become, one, fits) or [])] for one in plans}
+    refuse.raise_any()
+    remaining = {id(parameter) for parameter in model.parameters()}
+    log = []
+    for one in plans:
+        gone = [parameter for parameter in held[one.layer] if id(parameter) not in remaining]
+        fit = fits.get(one.layer)
+        notes[one.layer] += _let_go(gone, held[one.layer] if fit is not None else [], optimizer)
+        note, error = "; ".join(filter(None, notes[one.layer])), None if fit is None else fit.error
+        log.append(Converted(tuple(known[id(one.layer)]), one.was, named(own_class(one.layer)), note, error))
     return log
 
 
-def _carry_out(layer: nn.Module, plan: Plan, fits: dict[nn.Module, Fit], optimizer: Optimizer | None) -> list[str]:
-    """Carry out a plan and put a fit in; what is to be known about it."""
-    held, fit = dict(layer._parameters), fits.get(layer)
+def _become(planned: _Planned, fits: dict[nn.Module, Fit]) -> list[str]:
+    """Carry out one plan; what is to be known about it."""
+    layer, plan, fit = planned.layer, planned.plan, fits.get(planned.layer)
+    if plan is None:
+        return []
     if fit is not None and "num_groups" in plan.attributes:
         plan = replace(plan, attributes=plan.attributes | {"num_groups": fit.groups})
     notes = [become(layer, plan)]
     notes += [] if fit is None else [put_fit_(layer, fit)]
     notes += [_groups(plan.attributes["num_groups"])] if "num_groups" in plan.attributes else []
-    notes += ["never called"] if fits and fit is None else []
-    return notes + ([] if optimizer is None else [_tell(optimizer, layer, held, fit)])
+    return notes + (["never called"] if fits and fit is None else [])
+
+
+def _let_go(gone: list[nn.Parameter], fitted: list[nn.Parameter], optimizer: Optimizer | None) -> list[str]:
+    """Drop what would still move parameters that the model has no more, and the momentum of others that were set."""
+    for parameter in gone:
+        parameter.grad = None
+    if optimizer is None:
+        return []
+    if take_out_(optimizer, gone):
+        return ["taken out of the optimizer"]
+    return ["state in the optimizer dropped"] if forget_(optimizer, fitted) else []
 
 
 def _groups(number: int) -> str:
     return "1 group" if number == 1 else f"{number} groups"
-
-
-def _tell(optimizer: Optimizer, layer: nn.Module, held: dict[str, nn.Parameter | None], fit: Fit | None) -> str:
-    """Tell the optimizer about the parameters of a layer that are gone, or are others now; what was done."""
-    gone = [one for name, one in held.items() if one is not None and layer._parameters.get(name) is not one]
-    if take_out_(optimizer, gone):
-        return "taken out of the optimizer"
-    if fit is not None and forget_(optimizer, [one for one in held.values() if one is not None]):
-        return "state in the optimizer dropped"
-    return ""
 
 
 def _left(model: nn.Module, rule: Rule, to: str) -> dict[str, str]:

@@ -18,8 +18,7 @@ OWN = (*AFFINE, *STATISTICS, COUNT)
 def take_off(layer: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
     """Make constants of parameters, and take off what the relative does not have.
 
-    A constant is a copy: whoever holds the parameter, an optimizer or a tied layer, moves it no more. Its gradient is
-    dropped, or the next step would still move what may come back.
+    A constant is a copy: whoever holds the parameter, an optimizer or a tied layer, moves it no more.
 
     Returns: the parameters and buffers that are gone.
     """
@@ -27,18 +26,12 @@ def take_off(layer: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
     for name in plan.constants:
         parameter = parameters[name] = layer._parameters.pop(name, None)
         layer._buffers[name] = None if parameter is None else parameter.detach().clone()
-        if parameter is not None:
-            parameter.grad = None
     if plan.constants:
         # In the order in which a frozen layer has them from the start.
         for name in STATISTICS:
             layer._buffers[name] = layer._buffers.pop(name)
     buffers: dict[str, Any] = {name: layer._buffers.pop(name) for name in plan.gone if name in layer._buffers}
-    for name in plan.gone:
-        if name in layer._parameters:
-            parameter = parameters[name] = layer._parameters.pop(name)
-            if parameter is not None:
-                parameter.grad = None
+    parameters |= {name: layer._parameters.pop(name) for name in plan.gone if name in layer._parameters}
     for name in plan.emptied:
         layer._buffers[name] = None
     return {"parameters": parameters, "buffers": buffers}
