@@ -51,6 +51,17 @@ def test_a_norm_behind_any_other_reshape_is_refused(reshape):
     assert "linear" in change.left["bn"] or "comes from" in change.left["bn"]
 
 
+def test_a_view_that_wants_the_memory_order_of_the_norm_is_respected():
+    def forward(m, x):
+        return m.head(m.bn(m.linear(x).transpose(1, 2)).view(5, 42))
+
+    row = {"linear": nn.Linear(6, 6), "bn": nn.BatchNorm1d(6)}
+    model = Net(forward, **row, head=nn.Sequential(nn.Linear(42, 3), nn.BatchNorm1d(3)))
+    change = folded(trained(model), ROWS)
+    assert where(change) == {"head.1": "folded into head.0"}
+    assert "in a memory order that its input does not have" in change.left["bn"]
+
+
 def test_a_norm_before_a_reshape_and_a_linear_folds():
     model = Net(
         lambda m, x: m.linear(m.bn(x.transpose(1, 2)).transpose(1, 2)), linear=nn.Linear(6, 3), bn=nn.BatchNorm1d(6)

@@ -23,6 +23,8 @@ from steadynorm.samples import map_tensors, tensors_in
 from steadynorm.selection import Selection, select
 from steadynorm.training.evaluation import call, unwrapped
 
+TURNED = "what follows wants its output in a memory order that its input does not have"
+
 
 @dataclass(frozen=True, repr=False)
 class Difference:
@@ -99,7 +101,7 @@ def fold(
     plain, made_plain = _plain_copy(model)
     chosen = select(units.normalizations(plain), leave, "fold(leave=)", "normalization") if leave is not None else []
     kept = {path: "left out by leave=" for path, _ in chosen}
-    folding, left = _fold(copy.deepcopy(plain), batches, forward, kept)
+    folding, left = _fold(plain, batches, forward, kept)
     steps = folding.steps
     record = _record(folding.model, units.units(folding.model), batches, forward, steps)
     folded, log, needs = make_torchs(folding.model, record)
@@ -139,13 +141,20 @@ def _plain_copy(model: nn.Module) -> tuple[nn.Module, list[Converted]]:
 
 
 def _fold(
-    model: nn.Module, batches: Sequence[Any], forward: Forward, kept: dict[str, str]
+    plain: nn.Module, batches: Sequence[Any], forward: Forward, kept: dict[str, str]
 ) -> tuple[Folding, dict[str, str]]:
     """Fold until nothing more can be: a norm that is gone may have stood between another and its layer."""
-    folding, unfit, merging = Folding(model), dict[str, str](), False
+    folding, unfit, merging = Folding(copy.deepcopy(plain)), dict[str, str](), False
+    model = folding.model
     while True:
         modules = units.units(model)
-        record = _record(model, modules, batches, forward, folding.steps)
+        try:
+            record = _record(model, modules, batches, forward, folding.steps)
+        except DifferenceError:
+            turned = {step.norm: TURNED for step in folding.steps if step.turns}
+            if not turned:
+                raise
+            return _fold(plain, batches, forward, kept | turned)
         places = Places(modules, record, merging=merging)
         left, found, taken = dict[str, str](), list[Step](), set[str]()
         for path, norm in units.normalizations(model):

@@ -31,6 +31,7 @@ class Step:
         side: on which side of the layer the norm is.
         rank: number of dimensions that the norm is called with.
         adds: whether it is called with a residual, which is still to be added where it was.
+        turns: whether the output of the norm lies in memory otherwise than its input: a view of it may want that.
         border: of a norm before a layer that pads with zeros, the value that the norm takes to 0: padding with it in
             the norm's place is padding with 0 behind it. None where there is nothing to pad.
     """
@@ -40,6 +41,7 @@ class Step:
     side: Literal["after", "before"]
     rank: int
     adds: bool = False
+    turns: bool = False
     border: float | None = None
 
 
@@ -157,9 +159,10 @@ class Places:
         return dataclasses.replace(self._step(path, target, "before"), border=border)
 
     def _step(self, path: str, layer: str, side: Literal["after", "before"]) -> Step:
-        call = self.record.calls[path][0]
-        assert call.given is not None
-        return Step(path, layer, side, len(call.given.shape), bool(call.others))
+        calls = self.record.calls[path]
+        assert calls[0].given is not None
+        turns = any(call.given is None or call.made is None or call.given.stride != call.made.stride for call in calls)
+        return Step(path, layer, side, len(calls[0].given.shape), bool(calls[0].others), turns)
 
     def _takes_after(self, source: str) -> bool:
         """Whether a norm behind this layer can go into it."""
