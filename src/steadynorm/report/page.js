@@ -48,7 +48,7 @@
     const words = hasWords(chart);
     const axis = { title: { text: chart.xLabel }, type: words ? "category" : chart.logX ? "log" : "linear" };
     // The sizes that were measured are the ones to read off.
-    return !words && values.length <= MOST_TICKS ? { ...axis, tickvals: values, ticktext: values.map(String) } : axis;
+    return !words && chart.kind !== "scatter" && values.length <= MOST_TICKS ? { ...axis, tickvals: values, ticktext: values.map(String) } : axis;
   }
 
   // The line on which both axes are equal, from the least value to the greatest.
