@@ -5,6 +5,11 @@ import pytest
 from tests.doctor.cases import FAULTS, HEALTHY, Case, diagnosis, found
 from tests.doctor.controls import CONTROLS
 from tests.doctor.planted import PLANTED
+from tests.doctor.twins import TWINS
+
+# Healthy twins that no control resembles run on every push, the others with the slow ones.
+UNUSUAL = ("second pass in evaluation mode", "teacher, in the loss", "two calls", "two kinds", "balanced", "head")
+UNUSUAL += ("finetuned in", "raw pixels into", "channels second", "traced in evaluation", "sampled by itself")
 
 
 @pytest.mark.parametrize("case", FAULTS + PLANTED, ids=lambda case: case.name)
@@ -17,6 +22,23 @@ def test_a_healthy_model_has_no_finding_above_a_note(case: Case):
     assert found(case) == set(), diagnosis(case).findings
 
 
+@pytest.mark.parametrize("case", [fault for fault, _ in TWINS], ids=lambda case: case.name)
+def test_a_fault_of_training_or_data_is_found_where_it_is_and_nowhere_else(case: Case):
+    assert found(case) == case.expected, diagnosis(case).findings
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(twin, marks=() if any(part in twin.name for part in UNUSUAL) else pytest.mark.slow)
+        for _, twin in TWINS
+    ],
+    ids=lambda case: case.name,
+)
+def test_its_healthy_twin_has_no_finding_above_a_note(case: Case):
+    assert found(case) == case.expected == set(), diagnosis(case).findings
+
+
 @pytest.mark.parametrize("case", HEALTHY + CONTROLS, ids=lambda case: case.name)
 def test_a_healthy_model_is_checked_by_every_rule(case: Case):
     frozen = case.name == "dense, everything frozen"
@@ -24,7 +46,7 @@ def test_a_healthy_model_is_checked_by_every_rule(case: Case):
 
 
 def test_names_of_cases_are_distinct():
-    names = [case.name for case in FAULTS + PLANTED + HEALTHY + CONTROLS]
+    names = [case.name for case in FAULTS + PLANTED + HEALTHY + CONTROLS + [case for pair in TWINS for case in pair]]
     assert len(set(names)) == len(names)
 
 

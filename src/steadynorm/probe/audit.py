@@ -150,7 +150,7 @@ class _Witness:
     def _enter(self, module: nn.Module, inputs: Any) -> None:
         if module not in self.paths and module not in self.foreign and not self.running:
             self._meet(module)
-        if module is self.model and self._phase() != "backward" and not self.stepping:
+        if module is self.model and module.training and self._phase() != "backward" and not self.stepping:
             self.forwards += 1
         if module in self.own or module in self.foreign:
             self.before.setdefault(module, []).append(_statistics(module))
@@ -179,9 +179,9 @@ class _Witness:
 
     def _meet(self, root: nn.Module) -> None:
         """Another network, or one around this one: it is put back like the model, and its norms are watched."""
-        if isinstance(root, torch.jit.ScriptModule) or not models.norms(root):
+        if isinstance(root, torch.jit.ScriptModule) or self.model in set(root.modules()):
             return
-        if self.model in set(root.modules()):
+        if all(layer in self.paths for layer in models.norms(root).values()):
             return
         self.roots[root] = None
         self.restores.setdefault(id(root), models.remember(root))

@@ -377,6 +377,17 @@ class Facts:
     skipped: Mapping[Part, str] = field(default_factory=dict)
 
     @property
+    def was_trained_evaluating(self) -> bool:
+        """Whether no norm ever saw a batch, and the trained weights fit statistics of 0 and 1 better than the data's.
+
+        Where the data's fit better, the statistics were lost.
+        """
+        learning = [norm for norm in self.norms.values() if norm.learns]
+        untouched = all(norm.has_initial_statistics and not norm.batches_tracked for norm in learning)
+        loss = None if self.drift_together is None else self.drift_together.loss
+        return bool(learning) and untouched and not self.is_fresh and loss is not None and loss[0] < loss[1]
+
+    @property
     def is_fresh(self) -> bool:
         """Whether the model looks as when it was made: no norm with statistics has ever been trained.
 

@@ -31,10 +31,14 @@ needs: tuple[Part, ...] = ("drift",)
 
 def check(facts: Facts) -> Iterator[Finding]:
     """One finding for each layer of a trained model that has what it was made with, and data that differs from it."""
-    if facts.is_fresh:
+    if facts.is_fresh or facts.was_trained_evaluating:
         return
     for path, drift in facts.drift.items():
         norm = facts.norms[path]
+        step = facts.audit.norms.get(path) if facts.audit else None
+        # A layer that training calls in evaluation mode never learned any: SN305.
+        if step is not None and not step.trained:
+            continue
         if (
             path in facts.averaged
             or norm.state_fault != "default"

@@ -26,7 +26,7 @@ Source: https://github.com/backseason/PoolNet/issues/30
 
 from collections.abc import Iterator
 
-from steadynorm.doctor.evidence import as_evidence, gain_of, in_words
+from steadynorm.doctor.evidence import as_evidence, in_words
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
 
@@ -52,14 +52,8 @@ def check(facts: Facts) -> Iterator[Finding]:
 
 
 def _from_state(facts: Facts) -> Iterator[Finding]:
-    tracked = [norm for norm in facts.norms.values() if norm.learns]
     effect = facts.drift_together
-    has_default = all(norm.has_initial_statistics and not norm.batches_tracked for norm in tracked)
-    if not tracked or facts.is_fresh or not has_default or effect is None:
-        return
-    gain = gain_of(effect)
-    # Where recalibration helps, the statistics were lost; where it harms, the weights were trained against 0 and 1.
-    if gain is None or gain >= 0:
+    if effect is None or not facts.was_trained_evaluating:
         return
     yield Finding(
         code="SN305",
@@ -70,6 +64,10 @@ def _from_state(facts: Facts) -> Iterator[Finding]:
             "The weights are trained, no batch norm has ever seen a batch, and the model fits statistics of 0 and 1: "
             f"it was trained in evaluation mode; {in_words(effect)}."
         ),
-        evidence={"layers": len(tracked), "batches tracked": 0, **as_evidence(effect)},
+        evidence={
+            "layers": sum(norm.learns for norm in facts.norms.values()),
+            "batches tracked": 0,
+            **as_evidence(effect),
+        },
         fix=Fix("Train again with model.train(): recalibration alone would harm these weights."),
     )

@@ -27,16 +27,14 @@ from steadynorm.probe import Facts, Part
 
 needs: tuple[Part, ...] = ("data", "state")
 
-# Sorted digits gave 12.6 and more, a shuffle buffer too small 1.9 to 5.8, two classes a batch 4.2 and more, shuffled
-# ones 0.86 to 1.07; by chance 99 of 100 stay below 1.4, and of small batches below 2.1, which p takes care of.
-NOTE, WARNING, ERROR = 1.5, 2.0, 4.0
-CHANCE = 0.001
+# Sorted digits gave 12.6 and more, a shuffle buffer that is too small 1.9 to 5.8, two classes a batch 4.2 and more.
+WARNING, ERROR = 2.0, 4.0
 
 
 def check(facts: Facts) -> Iterator[Finding]:
     """One finding for the training batches."""
     likeness = facts.likeness
-    if likeness is None or likeness.p > CHANCE or likeness.ratio < NOTE:
+    if likeness is None or not likeness.is_beyond_chance:
         return
     if not any(norm.learns for norm in facts.norms.values()):
         return
