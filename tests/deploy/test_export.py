@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import signal
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -222,10 +221,25 @@ def test_sizes_that_vary_between_batches_may_be_any(tmp_path):
     torch.testing.assert_close(deploy.load(made.path)(x), model(x))
 
 
-@dataclass
-class Output:
-    logits: torch.Tensor
-    extra: tuple
+class Summing(nn.Module):
+    """As many tensors as one likes, and more by name."""
+
+    def forward(self, *tensors, **more):
+        return sum(tensors) * more["scale"]
+
+
+def test_any_number_of_inputs_is_taken(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = Summing()
+
+        def forward(self, *tensors):
+            return self.inner(*tensors[:-1], scale=tensors[-1])
+
+    batches = [((torch.randn(n, 2), torch.randn(n, 2), torch.randn(n, 1)), "target") for n in (3, 2)]
+    made = deploy.export(Named().eval(), batches, tmp_path / "net.pt2")
+    assert deploy.load(made.path)(*(torch.ones(7, width) for width in (2, 2, 1))).shape == (7, 2)
 
 
 class Structured(nn.Module):

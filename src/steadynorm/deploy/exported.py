@@ -73,10 +73,9 @@ class Exported:
         count = sum(self.operators.values())
         lines = [f"exported to {self.path} ({kind}, {self.size / 1e6:.2f} MB, {count} operators)"]
         lines += [f"  {self.engine}: {output}" for output in self.outputs]
-        if self.batch_sizes:
-            lines.append(f"  run with {self.batches} batches, and with {', '.join(map(str, self.batch_sizes))} samples")
-        else:
-            lines.append(f"  run with {self.batches} batches")
+        ran = f"run with {self.batches} batch{'es' if self.batches != 1 else ''}"
+        sizes = ", ".join(map(str, self.batch_sizes))
+        lines.append(f"  {ran}, and with {sizes} samples" if sizes else f"  {ran}")
         lines += [f"  {self.invariance}"] if self.invariance is not None else []
         return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """From a model to the bytes of an artefact: the graph of torch.export, and what is made of it."""
 
+import inspect
 import io
 import json
 from collections import Counter
@@ -56,21 +57,18 @@ def trace(model: nn.Module, batches: Sequence[Any], dynamic_batch: bool) -> Any:
     shapes = [[tensor.shape for tensor in tensors_in(batch)] for batch in batches]
     if len({tuple(map(len, one)) for one in shapes}) > 1:
         raise InputError("export got batches of different structure: give batches with the same tensors in each.")
-    counted = iter(zip(*shapes, strict=True))
-
-    def free(tensor: torch.Tensor) -> dict[int, Any]:
-        seen = next(counted)
+    is_shared = dynamic_batch and sample_count(example) is not None
+    free: dict[int, dict[int, Any]] = {}
+    for tensor, seen in zip(tensors_in(example), zip(*shapes, strict=True), strict=True):
         varied = {dim for dim in range(tensor.dim()) if len({shape[dim] for shape in seen}) > 1}
-        if dynamic_batch and sample_count(example) is not None:
-            varied |= {0} if tensor.dim() else set()
-        return dict.fromkeys(sorted(varied), torch.export.Dim.DYNAMIC)
-
-    dynamic = _like(free, example[0])
-    shapes_of_arguments = dynamic if isinstance(dynamic, dict | tuple) and not _is_tensor(example[0]) else (dynamic,)
+        varied |= {0} if is_shared and tensor.dim() else set()
+        free[id(tensor)] = dict.fromkeys(sorted(varied), torch.export.Dim.DYNAMIC)
     try:
         # Where it fails it prints the whole graph so far.
         with models.undisturbed(model), torch.no_grad(), quiet(), redirect_stderr(io.StringIO()):
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes_of_arguments)
+            given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+            dynamic = {name: _like(lambda tensor: free[id(tensor)], value) for name, value in given.items()}
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
     except Exception as error:
         is_fixed = dynamic_batch and SIZE_IS_FIXED in str(error)
         hint = " Its code fixes a size; if that is the batch's, dynamic_batch=False exports it so." if is_fixed else ""
@@ -103,10 +101,6 @@ def _example(batches: Sequence[Any], dynamic_batch: bool) -> Any:
     if dynamic_batch and sample_count(example) == 1:
         return map_tensors(lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor, example)
     return example
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _like(function: Any, value: Any) -> Any:
