@@ -181,6 +181,13 @@ def test_two_norms_in_a_row_that_no_layer_takes_become_one():
     assert [type(one) for one in change.model] == [nn.ReLU, nn.BatchNorm2d, nn.Dropout, nn.Identity, nn.ReLU]
 
 
+def test_two_norms_in_a_row_with_a_view_in_between():
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3), nn.Flatten(2), nn.BatchNorm1d(3), nn.ReLU())
+    change = folded(trained(model), IMAGES)
+    assert where(change) == {"3": "folded into 1"}
+    assert type(change.model[1]) is nn.BatchNorm2d
+
+
 def test_three_norms_in_a_row_become_one_norm_or_go_into_a_layer():
     row = [layers.BatchNorm2d(3) for _ in range(3)]
     change = folded(trained(nn.Sequential(nn.ReLU(), *row, nn.ReLU())), IMAGES)

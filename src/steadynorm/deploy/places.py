@@ -29,7 +29,7 @@ class Step:
     Args:
         norm, layer: paths; the layer may be another norm.
         side: on which side of the layer the norm is.
-        rank: number of dimensions that the norm is called with.
+        rank: number of dimensions of what the layer makes.
         adds: whether it is called with a residual, which is still to be added where it was.
         turns: whether the output of the norm lies in memory otherwise than its input: a view of it may want that.
         border: of a norm before a layer that pads with zeros, the value that the norm takes to 0: padding with it in
@@ -159,10 +159,10 @@ class Places:
         return dataclasses.replace(self._step(path, target, "before"), border=border)
 
     def _step(self, path: str, layer: str, side: Literal["after", "before"]) -> Step:
-        calls = self.record.calls[path]
-        assert calls[0].given is not None
+        calls, made = self.record.calls[path], self.record.calls[layer][0].made
         turns = any(call.given is None or call.made is None or call.given.stride != call.made.stride for call in calls)
-        return Step(path, layer, side, len(calls[0].given.shape), bool(calls[0].others), turns)
+        rank = 0 if made is None else len(made.shape)
+        return Step(path, layer, side, rank, bool(calls[0].others), turns)
 
     def _takes_after(self, source: str) -> bool:
         """Whether a norm behind this layer can go into it."""
