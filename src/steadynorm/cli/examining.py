@@ -102,7 +102,7 @@ def doctor(
         if write_baseline is not None:
             with writing(write_baseline):
                 count = suppression.write_baseline(found, write_baseline)
-            say(f"{count} findings are in {write_baseline}; --baseline {write_baseline} shows what is new.")
+            say(f"{write_baseline} has what was found, {count} in all; --baseline {write_baseline} shows what is new.")
         _write(result, found, repair)
         is_clean = (repair.after if repair else found).is_clean
         raise typer.Exit(CLEAN if is_clean or write_baseline is not None else FINDINGS)
