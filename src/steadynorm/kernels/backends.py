@@ -57,6 +57,11 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def is_forced() -> bool:
+    """Whether `backend` names one."""
+    return _forced.get() is not None
+
+
 def choose(x: Tensor, *, masked: bool = False) -> ModuleType:
     """The backend for a tensor: the fastest that takes it, or the one that `backend` names."""
     forced = _forced.get()
