@@ -1,6 +1,6 @@
 """Documents that the tests of the renderers draw, and strings that must not be taken for anything but text."""
 
-from steadynorm.report import Card, Chart, Code, Document, Heading, Paragraph, Series, Table
+from steadynorm.report import Card, Chart, Code, Document, Entry, Heading, Paragraph, Parts, Series, Table
 
 SIZES = (2, 4, 8)
 HOSTILE = (
@@ -62,11 +62,48 @@ STUDY = Document(
     {"cpu": "Example 9000", "torch": "2.13.0", "recipe": "other"},
 )
 
+HEALTHY = Chart("Means", "of the data", "stored", (Series("channels", (1.0,), (1.0,)),), kind="scatter")
+NETWORK = Document(
+    "Doctor: network",
+    "1 error in 2 layers.",
+    "error",
+    (
+        Parts(
+            "The network",
+            (
+                Entry("stem.0", "Conv2d 8×6×6"),
+                Entry(
+                    "stem.1",
+                    "BatchNorm2d 8×6×6",
+                    "error",
+                    (
+                        Card(
+                            "error", "SN203", "stale", "stem.1", "Stale.", (), "Recalibrate.", "Too slow.", "net.py:7"
+                        ),
+                        Chart(
+                            "Means",
+                            "of the data",
+                            "stored",
+                            (Series("before", (0.1, 0.2), (3.0, 3.0)), Series("after", (0.1, 0.2), (0.1, None))),
+                            kind="scatter",
+                        ),
+                    ),
+                ),
+                Entry("head.norm", "LayerNorm 8", "ok", (HEALTHY,)),
+                Entry("head.out", "LayerNorm 3", "ok", (HEALTHY,)),
+            ),
+            "In the order in which they run.",
+        ),
+    ),
+)
+
 
 def hostile() -> Document:
     """A document in which every string is one that would break a careless renderer."""
     text = " ".join(HOSTILE)
     table = Table(text, (text, "n"), ((text, 1),), note=text)
     chart = Chart(text, text, text, (Series(text, (text,), (1.0,)),), kind="bar", note=text, spread=text)
-    card = Card("error", text, text, text, text, ((text, text),), fix=text)
-    return Document(text, text, "error", (Heading(text), Paragraph(text), Code(text), table, chart, card), {text: text})
+    card = Card("error", text, text, text, text, ((text, text),), fix=text, cause=text, source=text)
+    parts = Parts(text, (Entry(text, text, "error", (card,)), Entry(text, text)), text)
+    blocks = (Heading(text), Paragraph(text), Code(text), table, chart, card, parts)
+    return Document(text, text, "error", blocks, {text: text})

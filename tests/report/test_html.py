@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from steadynorm.report import Document, html, terminal
-from tests.report.documents import FINDINGS, HOSTILE, STUDY, hostile
+from tests.report.documents import FINDINGS, HOSTILE, NETWORK, STUDY, hostile
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 FETCHING = {"src", "href", "srcset", "action", "data", "poster", "background", "xlink:href"}
@@ -126,7 +126,8 @@ def test_plotly_is_there_once_and_only_for_charts():
 def test_hostile_strings_stay_text():
     page = Page(html.render([hostile()], HOSTILE[0]))
     assert len(page.tags("script")) == 2  # Plotly and the page's own
-    assert not page.tags("img", "b")[1:]  # one <b>, of the fix
+    assert len(page.tags("b")) == 4  # fix and cause of two cards
+    assert not page.tags("img")
     joined = " ".join(page.texts)
     for string in HOSTILE:
         assert string in joined
@@ -158,3 +159,20 @@ def test_text_stands_out_from_its_ground(colours):
     for text, ground in pairs:
         lighter, darker = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
         assert (lighter + 0.05) / (darker + 0.05) >= 4.5, f"{text} on {ground}"
+
+
+def test_parts_are_listed_and_those_with_something_to_show_are_linked():
+    page = Page(html.render([NETWORK], NETWORK.title))
+    targets = {each["id"] for each in page.tags("details") if "id" in each}
+    links = [each["href"] for each in page.tags("a")]
+    assert links == ["#the-network-2", "#the-network-3", "#the-network-4"]
+    assert targets == {link.removeprefix("#") for link in links}
+    opened = [each["id"] for each in page.tags("details") if "open" in each]
+    assert opened == ["the-network-2"]  # what is healthy is closed
+    assert page.texts.index("stem.0") < page.texts.index("stem.1") < page.texts.index("head.norm")
+    assert [each["title"] for each in page.tags("span") if "title" in each] == ["error", "ok", "ok"] * 2
+    assert {"Too slow.", "net.py:7", "Recalibrate."} <= set(page.texts)
+
+
+def test_a_chart_inside_a_part_brings_the_script():
+    assert "script-src 'none'" not in html.render([NETWORK], NETWORK.title)

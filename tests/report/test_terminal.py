@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from steadynorm.report import Chart, Document, Series, Table, terminal
-from tests.report.documents import FINDINGS, HOSTILE, STUDY, hostile
+from tests.report.documents import FINDINGS, HOSTILE, NETWORK, STUDY, hostile
 
 
 def shown(document, width=80, **options):
@@ -141,3 +141,19 @@ def test_progress_without_a_unit_is_a_share():
         advance(57, 138)
     assert "41%" in stream.getvalue()
     assert "57/138" not in stream.getvalue()
+
+
+def test_parts_as_readers_see_them():
+    lines = lines_of(NETWORK, 60)
+    assert lines[4:12] == [
+        "The network",
+        "  stem.0  Conv2d 8×6×6",
+        "✖ stem.1  BatchNorm2d 8×6×6",
+        "    ✖ error  SN203 stale",
+        "      stem.1  net.py:7",
+        "      Stale.",
+        "      Why: Too slow.",
+        "      Fix: Recalibrate.",
+    ]
+    assert "✔ head.norm  LayerNorm 8" in lines
+    assert "In the order in which they run." in lines
