@@ -222,7 +222,7 @@ def check_unfolds(model, change, x):
     check_alike(wide, deploy.unfold(change, [x]).model(x), TOLERANCE[next(model.parameters()).dtype])
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(cases())
 def test_exact_or_refused(case):
     is_exact_or_refused(case)

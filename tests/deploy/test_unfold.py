@@ -88,8 +88,15 @@ def test_what_was_not_trained_comes_back_bit_for_bit(case):
     assert [type(one) for one in found.modules()] == [type(one) for one in model.modules()]
 
 
-@pytest.mark.parametrize("share", [1.0, 0.3], ids=["all", "some"])
-@pytest.mark.parametrize("case", [case for case in CASES if case != "in a row"])
+# What takes a second, or what the others show too.
+LONG = {"resnet", "u-net", "mobilenet", "dense"}
+
+
+@pytest.mark.parametrize("share", [1.0, pytest.param(0.3, marks=pytest.mark.slow)], ids=["all", "some"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow) if case in LONG else case for case in CASES if case != "in a row"],
+)
 def test_what_was_trained_computes_the_same(case, share):
     make, x = CASES[case]
     model = trained(make().double()).double()
