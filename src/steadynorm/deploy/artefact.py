@@ -108,8 +108,9 @@ class OnnxModel(nn.Module):
         except Exception as error:
             shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in given.items())
             raise InputError(f"onnxruntime stopped at {shapes}: {_first_line(error)}.") from error
+        device = next((tensor.device for tensor in given.values()), torch.device("cpu"))
         # A copy: onnxruntime may own the memory, and a 0-dimensional output is no array.
-        tensors = [torch.from_numpy(np.array(value)) for value in found]
+        tensors = [torch.from_numpy(np.array(value)).to(device) for value in found]
         return dict(zip(self.output_names, tensors, strict=True))
 
 
