@@ -224,22 +224,16 @@ ARCHITECTURES = WITH_BATCH_NORM | WITHOUT_BATCH_NORM
 
 def main() -> None:
     """Examine all, untrained and trained, and print what was found and how long it took."""
-    chosen = sys.argv[1:]
-    for name, architecture in ARCHITECTURES.items():
-        if chosen and not any(part in name for part in chosen):
-            continue
-        for steps in (0, STEPS):
-            start = time.perf_counter()
-            found = examine(architecture, steps)
-            known = KNOWN.get(name, set())
-            worse = [
-                (f.code, f.where, f.severity) for f in found.findings if f.severity != "note" and f.code not in known
-            ]
-            notes = sorted({f.code for f in found.findings if f.severity == "note"})
-            took = time.perf_counter() - start
-            line = f"{name:28} {steps:3} steps {took:5.1f} s  {worse or 'clean'}  notes: {', '.join(notes) or 'none'}"
-            sys.stdout.write(f"{line} {dict(found.unchecked) or ''}\n")
-            sys.stdout.flush()
+    chosen = [name for name in ARCHITECTURES if not sys.argv[1:] or any(part in name for part in sys.argv[1:])]
+    for steps, name in ((steps, name) for steps in (0, STEPS) for name in chosen):
+        start = time.perf_counter()
+        found = examine(ARCHITECTURES[name], steps)
+        findings = [f for f in found.findings if f.severity != "note"]
+        worse = [(f.code, f.where, f.severity) for f in findings if f.code not in KNOWN.get(name, ())]
+        notes = sorted({f.code for f in found.findings if f.severity == "note"})
+        line = f"{name:28} {steps:3} steps {time.perf_counter() - start:5.1f} s  {worse or 'clean'}"
+        sys.stdout.write(f"{line}  notes: {', '.join(notes) or 'none'} {dict(found.unchecked) or ''}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -203,6 +203,7 @@ class Observer:
         self.found["norms"] = state.look(self.model)
         self.found["rescaled"] = spectral.rescaled(self.model)
         self.found["averaged"] = state.averaged(self.model)
+        self.found["ranks"] = state.ranks(self.model)
         self.found["dropping"] = state.dropping(self.model)
         self.found["frozen_layers"] = state.frozen_layers(self.model)
         self.found["spectral"] = spectral.vectors(self.model)

@@ -174,3 +174,16 @@ class Program:
     kind: str
     training: tuple[str, ...]
     is_fixed: bool
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a distributed training.
+
+    Args:
+        processes: how many there are.
+        keeps_buffers_apart: whether a DistributedDataParallel was told not to broadcast buffers.
+    """
+
+    processes: int
+    keeps_buffers_apart: bool = False
