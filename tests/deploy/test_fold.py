@@ -373,9 +373,22 @@ def test_bad_calls_are_one_sentence():
         deploy.fold(model.eval(), [])
 
 
-def test_a_model_that_asks_a_norm_for_an_attribute_is_an_error_that_says_so():
-    model = Net(lambda m, x: m.bn(m.conv(x)) * m.bn.eps, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
-    with pytest.raises(DifferenceError, match=r"may ask a norm for an attribute.*leave="):
+def test_a_norm_that_is_asked_for_an_attribute_stays():
+    row = {"conv": nn.Conv2d(3, 4, 1), "bn": nn.BatchNorm2d(4), "other": nn.Conv2d(4, 4, 1), "end": nn.BatchNorm2d(4)}
+    model = Net(lambda m, x: m.end(m.other(m.bn(m.conv(x)) * m.bn.eps)), **row)
+    change = folded(trained(model), IMAGES)
+    assert where(change) == {"end": "folded into other"}
+    assert change.left["bn"] == "code of the model asks it for its attribute eps"
+
+
+def test_a_model_that_cannot_do_without_a_norm_is_an_error_that_says_so():
+    def forward(m, x):
+        if isinstance(m.bn, nn.Identity):
+            raise TypeError("where is my norm?")
+        return m.bn(m.conv(x))
+
+    model = Net(forward, conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(4))
+    with pytest.raises(DifferenceError, match=r"raised, where the model did not: TypeError: where is.*leave="):
         deploy.fold(trained(model), [IMAGES])
 
 

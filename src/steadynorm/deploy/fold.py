@@ -150,11 +150,11 @@ def _fold(
         modules = units.units(model)
         try:
             record = _record(model, modules, batches, forward, folding.steps)
-        except DifferenceError:
-            turned = {step.norm: TURNED for step in folding.steps if step.turns}
-            if not turned:
+        except DifferenceError as error:
+            stays = _asked(error.__cause__, folding) or {step.norm: TURNED for step in folding.steps if step.turns}
+            if not stays:
                 raise
-            return _fold(plain, batches, forward, kept | turned)
+            return _fold(plain, batches, forward, kept | stays)
         places = Places(modules, record, merging=merging)
         left, found, taken = dict[str, str](), list[Step](), set[str]()
         for path, norm in units.normalizations(model):
@@ -178,6 +178,16 @@ def _fold(
             return folding, left
         # What two norms in a row can be is one norm, where no layer takes either.
         merging = not found
+
+
+def _asked(error: BaseException | None, folding: Folding) -> dict[str, str]:
+    """The norm of which the model's code wants an attribute that what stands in its place has not."""
+    asked = getattr(error, "obj", None) if isinstance(error, AttributeError) else None
+    if not isinstance(asked, nn.Module):
+        return {}
+    paths = {path for path, one in folding.model.named_modules(remove_duplicate=False) if one is asked}
+    reason = f"code of the model asks it for its attribute {getattr(error, 'name', '')}"
+    return {step.norm: reason for step in folding.steps if step.norm in paths}
 
 
 def _differences(
@@ -250,8 +260,8 @@ def _record(
 
 def _raised(error: Exception, where: str) -> DifferenceError:
     return DifferenceError(
-        f"the folded model raised{where}, where the model did not: {type(error).__name__}: {error}. Its code may ask a"
-        " norm for an attribute: leave= leaves it as it is. Nothing was folded."
+        f"the folded model raised{where}, where the model did not: {type(error).__name__}: {error}. Its code may want a"
+        " norm where none is: leave= leaves it as it is. Nothing was folded."
     )
 
 
