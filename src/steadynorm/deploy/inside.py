@@ -227,7 +227,7 @@ def _check(inside: Inside, wide: nn.Module, x: Tensor) -> None:
     spread = [t.view(-1, *[1] * (x.dim() - 2)) for t in inside.affine]
     with torch.no_grad():
         y = x * spread[0] + spread[1]
-        y = y if inside.activation is None else copy.deepcopy(inside.activation).double()(y)
+        y = y if inside.activation is None else copy.deepcopy(inside.activation).cpu().double()(y)
         if not torch.allclose(y, wide(x.clone()), rtol=1e-9, atol=1e-9):
             raise _Lost("what it computes depends on more than its operators show")
 
