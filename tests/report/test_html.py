@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 from html.parser import HTMLParser
@@ -172,6 +173,13 @@ def test_parts_are_listed_and_those_with_something_to_show_are_linked():
     assert page.texts.index("stem.0") < page.texts.index("stem.1") < page.texts.index("head.norm")
     assert [each["title"] for each in page.tags("span") if "title" in each] == ["error", "ok", "ok"] * 2
     assert {"Too slow.", "net.py:7", "Recalibrate."} <= set(page.texts)
+
+
+def test_no_two_things_of_a_page_have_one_address():
+    page = Page(html.render([NETWORK, copy.deepcopy(NETWORK), hostile()], "Three"))
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert {each["href"].removeprefix("#") for each in page.tags("a")} <= set(ids)
 
 
 def test_a_chart_inside_a_part_brings_the_script():

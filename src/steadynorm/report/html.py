@@ -7,7 +7,8 @@ run these exact scripts (by their hashes), no others, and to make no request at 
 import base64
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -37,7 +38,7 @@ def render(documents: Sequence[Document], title: str) -> str:
         lstrip_blocks=True,
     )
     environment.filters["text"] = text_of
-    environment.filters["anchor"] = lambda text: "-".join(text.lower().split())
+    environment.filters["anchor"] = _anchors(documents)
     environment.globals["table_of"] = _table
     environment.globals["chart_data"] = _chart_data
     environment.globals["rows_in"] = lambda blocks: list(_rows(blocks))
@@ -52,6 +53,18 @@ def render(documents: Sequence[Document], title: str) -> str:
         scripts=[Markup(script) for script in scripts],
         hashes=[_hash(script) for script in scripts],
     )
+
+
+def _anchors(documents: Sequence[Document]) -> Callable[[Parts], str]:
+    """How the entries of a block are addressed: by its title, which may come once in every document."""
+    blocks = [block for document in documents for block in document.blocks if isinstance(block, Parts)]
+    numbers = {id(block): number for number, block in enumerate(blocks)}
+
+    def anchor(block: Parts) -> str:
+        name = re.sub(r"\W+", "-", block.title.lower()).strip("-")
+        return f"{name}-in-{numbers[id(block)] + 1}" if numbers[id(block)] else name
+
+    return anchor
 
 
 def _flat(blocks: Sequence[Block]) -> Iterator[Block]:

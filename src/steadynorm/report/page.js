@@ -4,7 +4,9 @@
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
   const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "x", "cross"];
   const MOST_TICKS = 12;
-  const BAR_HEIGHT = 30; // pixels
+  const BAR_HEIGHT = 30; // pixels, less where there are many bars
+  const BARS_HEIGHT = 700; // pixels of all bars of a chart, unless they get thinner than
+  const LEAST_BAR_HEIGHT = 8; // pixels
   const LETTER = 9; // pixels of a letter of an axis title, and
   const BESIDE = 150; // of what stands to the left of an axis
 
@@ -70,7 +72,8 @@
     if (!lying) along.title = title;
     if (lying) {
       const bars = chart.series.length * chart.series[0].x.length;
-      element.style.height = `${BAR_HEIGHT * bars + 90}px`;
+      const each = Math.max(LEAST_BAR_HEIGHT, Math.min(BAR_HEIGHT, BARS_HEIGHT / bars));
+      element.style.height = `${Math.round(each * bars + 90)}px`;
     }
     const layout = {
       font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("--ink") },
