@@ -77,7 +77,7 @@ class HuggingFace(nn.Module):
 NETWORKS = {
     "the recipe `digits`": digits.model,
     "two residual blocks": Residual,
-    "six residual blocks": lambda: Residual(6),
+    "four residual blocks": lambda: Residual(4),
     "U-Net": UNet,
     "perceptron": perceptron,
     "ResNet of transformers": HuggingFace,

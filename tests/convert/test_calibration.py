@@ -429,7 +429,7 @@ def test_digits_are_recognised_again():
         with torch.no_grad():
             return digits.metrics(one.eval()(test[0][0]), test[0])["accuracy"]
 
-    carried, fitted = copy.deepcopy(model), copy.deepcopy(model)
+    carried, fitted, layer, positions = (copy.deepcopy(model) for _ in range(4))
     naive = convert_(carried, "group", batches=data, loss=digits.loss, method=None).difference
     change = convert_(fitted, "group", batches=data, loss=digits.loss).difference
     assert accuracy(model) > 0.9
@@ -438,6 +438,10 @@ def test_digits_are_recognised_again():
     assert change.loss_before == pytest.approx(naive.loss_before)
     assert change.loss_after < naive.loss_after / 2
     assert change.relative[0] < naive.relative[0] / 1.5
+    per_sample = convert_(layer, "layer", batches=data).difference
+    per_position = convert_(positions, "channel_layer", batches=data).difference
+    assert change.relative[0] == pytest.approx(per_sample.relative[0], rel=1e-3)  # one group is the least error here
+    assert per_sample.relative[0] < per_position.relative[0]
     with torch.no_grad():
         losses = [float(digits.loss(fitted(batch[0]), batch)) for batch in data]
     assert change.loss_after == pytest.approx(np.mean(losses), rel=1e-5)
