@@ -12,7 +12,7 @@ from torch import nn
 
 from steadynorm import doctor, recipe
 from steadynorm.recipes import digits
-from tests.doctor.cases import FAULTS, HEALTHY, Case, found, sgd, trained
+from tests.doctor.cases import FAULTS, HEALTHY, Case, trained
 from tests.doctor.controls import CONTROLS
 from tests.doctor.networks import Residual
 from tests.doctor.planted import PLANTED
@@ -49,20 +49,20 @@ def accuracy(model: nn.Module, case: Case) -> float:
 def row(case: Case) -> Row:
     """Examine a case, and repair it where that is safe."""
     start = time.perf_counter()
-    pairs = found(case)
-    seconds = time.perf_counter() - start
     with recipe.seeded(0):
         model = case.make()
-    if case.loss is not digits.loss or not case.expected or isinstance(model, torch.jit.ScriptModule):
-        return Row(case.name, case.expected, pairs, seconds)
-    given = {"train_batches": case.train_batches, "loss": case.loss, "metrics": digits.metrics, "optimizer": sgd(model)}
+    judged = {"loss": case.loss, "metrics": digits.metrics if case.loss is digits.loss else None}
+    given = {"train_batches": case.train_batches, "optimizer": case.optimizer(model), "step": case.step, **judged}
     diagnosis = doctor.examine(model, case.batches, **given)
-    if not any(f.fix and f.fix.is_safe and f.fix.apply and f.severity != "note" for f in diagnosis.findings):
-        return Row(case.name, case.expected, pairs, seconds)
+    found = {(f.code, f.where) for f in diagnosis.findings if case.notes or f.severity != "note"}
+    seconds = time.perf_counter() - start
+    safe = [f for f in diagnosis.findings if f.fix and f.fix.is_safe and f.fix.apply and f.severity != "note"]
+    if case.loss is not digits.loss or not safe:
+        return Row(case.name, case.expected, found, seconds)
     before = accuracy(model, case)
     doctor.repair(model, diagnosis, case.batches)
     twin = accuracy(trained(), case) if isinstance(model, Residual) else None
-    return Row(case.name, case.expected, pairs, seconds, before, accuracy(model, case), twin)
+    return Row(case.name, case.expected, found, seconds, before, accuracy(model, case), twin)
 
 
 def rows(cases: list[Case]) -> list[Row]:
