@@ -205,9 +205,10 @@ def _split_norm(model: nn.Module, path: str, was: nn.Module, steps: list[Step], 
 
 
 def _holding(layer: nn.Module, was: dict[str, Tensor | None]) -> nn.Module:
-    """The layer with the weight and bias that it had."""
-    held = copy.copy(layer)
-    held.__dict__["_parameters"] = layer._parameters | was
+    """The layer with the weight and bias that it had, where the layer is now."""
+    held, device = copy.copy(layer), next(layer.parameters()).device
+    then = {name: tensor if tensor is None else tensor.to(device) for name, tensor in was.items()}
+    held.__dict__["_parameters"] = layer._parameters | then
     return held
 
 
