@@ -282,6 +282,27 @@ def test_layers_with_inputs_of_their_own_do_not_stop_the_training():
     assert found(watched(CallsOdd())) == []
 
 
+@pytest.mark.parametrize("is_wrapper", [True, False])
+def test_what_is_compiled_is_not_seen_and_that_is_said_and_nothing_stays_in_the_graph(is_wrapper):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = network(momentum=0.0)
+    twin = copy.deepcopy(model)
+    compiled, optimizer, plain = torch.compile(model, backend="eager", fullgraph=True), sgd(model), sgd(twin)
+    with steadynorm.watch(compiled if is_wrapper else model, optimizer, every=2) as monitor:
+        for batch in batches(8):
+            step(compiled, optimizer, batch)
+    for batch in batches(2):
+        step(compiled, optimizer, batch)
+    for count in (8, 2):
+        for batch in batches(count):
+            step(twin, plain, batch)
+    assert monitor.findings == ()
+    assert "SN203" in monitor.diagnosis().unchecked
+    assert "SN203" not in monitor.diagnosis().checked
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
 class Waits(TorchDispatchMode):
     """The operators that make the host wait for a device."""
 
@@ -330,6 +351,7 @@ def test_it_shows_itself_with_what_was_not_seen():
     text = str(monitor)
     assert "2 of 3 steps were looked at" in text
     assert "it takes 3 looks after step 40" in text
+    assert "Never called" not in text
     assert monitor.diagnosis().to_dict()["unchecked"] == {"SN203": "it takes 3 looks after step 40, 2 steps apart"}
     model = network()
     with steadynorm.watch(model, sgd(model)) as monitor:
@@ -355,6 +377,13 @@ def test_a_model_without_batch_norm_is_watched_in_vain():
 def test_what_cannot_be_watched_is_refused(arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         steadynorm.watch(network(), **arguments)
+
+
+def test_layers_that_are_never_called_are_named():
+    model = network()
+    model.spare = nn.BatchNorm1d(3)
+    model.forward = lambda x: model[:6](x)
+    assert "Never called in a look: spare." in str(watched(model))
 
 
 def test_it_cannot_be_started_twice():

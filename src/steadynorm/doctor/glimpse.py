@@ -129,7 +129,8 @@ class Looking:
 
     def _before(self, path: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, kwargs: Any) -> None:
-            if layer is not self.layers[path]:  # a copy of the model, made in the middle of a step
+            # Compiled now, a look would stay for ever. A copy of the model may be made in the middle of a step.
+            if torch.compiler.is_compiling() or layer is not self.layers[path]:
                 return
             seen = self.seen.norms.setdefault(path, Seen())
             self._count(path)  # of a call that never ended: a recomputation stops where it has what it needs
@@ -148,7 +149,7 @@ class Looking:
 
     def _after(self, path: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, output: Any) -> None:
-            if layer is self.layers[path]:
+            if not torch.compiler.is_compiling() and layer is self.layers[path]:
                 self._count(path)
 
         return hook
@@ -190,14 +191,16 @@ class Looking:
 
     def _model_before(self) -> Callable[..., None]:
         def hook(model: nn.Module, args: Any) -> None:
-            if model is self.model and not is_in_backward():
+            if not torch.compiler.is_compiling() and model is self.model and not is_in_backward():
                 self._before_model = sum(map(updates_of, self.layers.values()))
 
         return hook
 
     def _model_after(self) -> Callable[..., None]:
         def hook(model: nn.Module, args: Any, output: Any) -> None:
-            if model is not self.model or self._before_model is None or is_in_backward():
+            if torch.compiler.is_compiling() or model is not self.model or self._before_model is None:
+                return
+            if is_in_backward():
                 return
             moved, self._before_model = sum(map(updates_of, self.layers.values())) - self._before_model, None
             self.seen.forwards += model.training

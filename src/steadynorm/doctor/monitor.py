@@ -147,6 +147,9 @@ class Monitor:
         unchecked = {code: why for code, why in unchecked.items() if why}
         remark = f"{self.looks} of {self.steps} steps were looked at, while the model was trained."
         unseen = [f"{path or 'The model'} could not be looked at: {why}" for path, why in self._unseen.items()]
+        missing = [path or "the model" for path in self._layers if path not in self._history.seen]
+        if missing and self.looks:
+            unseen.append(f"Never called in a look: {', '.join(missing)}.")
         return Diagnosis(
             findings=tuple(sorted(self.findings, key=lambda found: SEVERITIES.index(found.severity))),
             checked=tuple(code for code in codes if code not in unchecked),
@@ -163,8 +166,10 @@ class Monitor:
         return self.diagnosis()._repr_html_()
 
     def _reason(self, code: str) -> str:
-        if not self.optimizers and code in signs.OF_LEARNING:
-            return "no optimizer was given"
+        if code in signs.OF_LEARNING:
+            return "" if self.optimizers else "no optimizer was given"
+        if not self._history.seen:
+            return "no norm layer was called where it could be seen, as inside a compiled graph"
         few = self._history.settled < signs.PATIENCE
         wait = f"it takes {signs.PATIENCE} looks after step {signs.SETTLED}, {self.every} steps apart"
         return wait if few and code == "SN203" else ""

@@ -30,12 +30,14 @@ class History:
 
     Args:
         looks, settled: how many there were; those of them when running statistics could have settled.
+        seen: norms that were called in a look.
         away: by path, how many looks in a row the running statistics were away from the batch's.
         frozen: norms that are frozen with what is around them, and with what.
     """
 
     looks: int = 0
     settled: int = 0
+    seen: set[str] = field(default_factory=set)
     away: dict[str, int] = field(default_factory=dict)
     frozen: Mapping[str, str] = field(default_factory=dict)
 
@@ -43,6 +45,7 @@ class History:
 def judge(glimpse: Glimpse, history: History) -> Iterator[Finding]:
     """The faults that one look shows; `history` is brought up to date."""
     history.looks += 1
+    history.seen.update(glimpse.norms)
     readings = glimpse.readings.by_path() if glimpse.readings else {}
     yield from _nonfinite(glimpse, readings)
     yield from _away(glimpse, readings, history)
