@@ -119,7 +119,74 @@ def test_a_frozen_norm_for_other_inputs():
     torch.testing.assert_close(model(x), y)
 
 
+class RMSNormOfLlama(nn.Module):
+    """As in transformers: float32 inside, eps under a name of its own."""
+
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+        self.variance_epsilon = eps
+
+    def forward(self, hidden):
+        wide = hidden.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden.dtype)
+
+
+def test_a_norm_of_no_family_of_torch():
+    model, x = nn.Sequential(nn.Linear(6, 8), RMSNormOfLlama(8)), torch.randn(3, 5, 6)
+    y, weight = model(x), model[1].weight
+    with pytest.raises(InputError, match="does not give in evaluation"):
+        convert_(model, "steadynorm", as_={RMSNormOfLlama: lambda layer: layers.RMSNorm(8, eps=1e-5)})
+    tell = {RMSNormOfLlama: lambda layer: layers.RMSNorm(len(layer.weight), eps=layer.variance_epsilon)}
+    change = convert_(model, "steadynorm", as_=tell)
+    assert [one.paths for one in change.log] == [("1",)]
+    assert type(model[1]) is layers.RMSNorm
+    assert model[1].weight is weight
+    torch.testing.assert_close(model(x), y)
+    convert_(model, "torch")
+    assert type(model[1]) is nn.RMSNorm
+
+
+class FrozenByHand(nn.BatchNorm2d):
+    """Its weights are parameters that happen not to train."""
+
+    def __init__(self, features):
+        super().__init__(features)
+        del self.num_batches_tracked
+        self.weight.requires_grad_(False)
+
+    def forward(self, x):
+        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0, 1e-3)
+
+
+def test_parameters_become_constants_where_the_plain_layer_has_these():
+    model, x = model_of(FrozenByHand), torch.randn(5, 3, 4, 4)
+    y = model(x)
+    tell = {FrozenByHand: lambda layer: layers.FrozenBatchNorm2d(4, eps=1e-3)}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    change = convert_(model, "frozen", only="1", as_=tell, optimizer=optimizer)
+    assert change.log[0].note == "taken out of the optimizer"
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+    assert [name for name, _ in model[1].named_parameters()] == []
+    torch.testing.assert_close(model.train()[1](model[0](x)), model.eval()[1](model[0](x)))
+    torch.testing.assert_close(model(x), y)
+    other = nn.Sequential(Hidden(4))
+    with pytest.raises(InputError, match="whose weight is a buffer"):
+        convert_(other, "steadynorm", as_={Hidden: lambda layer: without_count(nn.BatchNorm1d(4))})
+
+
+def without_count(layer):
+    del layer.num_batches_tracked
+    return layer
+
+
 REFUSED = {
+    "eps a little": (
+        WithActivation,
+        lambda layer: layers.BatchNorm2d(4, 2e-5, activation="relu"),
+        "does not give in evaluation",
+    ),
     "no activation": (WithActivation, lambda layer: nn.BatchNorm2d(4), "does not give in evaluation what as_= says"),
     "another eps": (
         WithActivation,

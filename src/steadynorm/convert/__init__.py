@@ -6,7 +6,7 @@ and whatever holds on to these: optimizers, DDP, averages. Relatives that normal
 same door: what they do not have is taken off, and said.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -140,7 +140,7 @@ class _Planned:
     """A layer and what is to become of it.
 
     Args:
-        was: its class.
+        was, held: its class and its parameters, as they were.
         note: what is to be known of what was made of it already, as told.
         plan: None where that was all.
     """
@@ -148,6 +148,7 @@ class _Planned:
     path: str
     layer: nn.Module
     was: str
+    held: tuple[nn.Parameter, ...]
     note: str
     plan: Plan | None
 
@@ -210,11 +211,11 @@ def _plans(model: nn.Module, layers: list[Named], rule: Rule, told: Told, what: 
     """What is to become of the layers of which something is to become; those that are told about are made plain."""
     plans, refuse = [], Refusals(what)
     for path, layer in layers:
-        was = named(own_class(layer))
+        was, held = named(own_class(layer)), tuple(layer.parameters(recurse=False))
         note = refuse.or_take(path, made_plain_, layer, told)
         plan = refuse.or_take(path, rule, layer)
         if note is not None or plan is not None:
-            plans.append(_Planned(path, layer, was, note or "", plan))
+            plans.append(_Planned(path, layer, was, held, note or "", plan))
     refuse.raise_any()
     lose = [one.path for one in plans if one.plan and (one.plan.constants or one.plan.gone or one.plan.emptied)]
     ensure_unwrapped(model, lose, what)
@@ -226,15 +227,14 @@ def _carry_out(
 ) -> list[Converted]:
     """Carry all plans out, put the fits in, and tell the optimizer."""
     refuse, known = Refusals(what), paths(model)
-    held = {one.layer: [*one.layer.parameters(recurse=False)] for one in plans}
     notes = {one.layer: [one.note, *(refuse.or_take(one.path, _become, one, fits) or [])] for one in plans}
     refuse.raise_any()
     remaining = {id(parameter) for parameter in model.parameters()}
     log = []
     for one in plans:
-        gone = [parameter for parameter in held[one.layer] if id(parameter) not in remaining]
+        gone = [parameter for parameter in one.held if id(parameter) not in remaining]
         fit = fits.get(one.layer)
-        notes[one.layer] += _let_go(gone, held[one.layer] if fit is not None else [], optimizer)
+        notes[one.layer] += _let_go(gone, one.held if fit is not None else (), optimizer)
         note, error = "; ".join(filter(None, notes[one.layer])), None if fit is None else fit.error
         log.append(Converted(tuple(known[id(one.layer)]), one.was, named(own_class(one.layer)), note, error))
     return log
@@ -253,7 +253,7 @@ def _become(planned: _Planned, fits: dict[nn.Module, Fit]) -> list[str]:
     return notes + (["never called"] if fits and fit is None else [])
 
 
-def _let_go(gone: list[nn.Parameter], fitted: list[nn.Parameter], optimizer: Optimizer | None) -> list[str]:
+def _let_go(gone: list[nn.Parameter], fitted: Collection[nn.Parameter], optimizer: Optimizer | None) -> list[str]:
     """Drop what would still move parameters that the model has no more, and the momentum of others that were set."""
     for parameter in gone:
         parameter.grad = None
