@@ -333,6 +333,30 @@ def test_norms_of_others_that_compute_something_else_are_refused(cls):
     assert f"tests.{cls.__name__} is not a batch norm" in change.left["1"]
 
 
+class Told(Frozen):
+    """Its scale is set from outside before each call."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.scale = torch.ones(1)
+
+    def forward(self, x):
+        return super().forward(x) * self.scale.to(x.dtype)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_norm_that_is_told_its_scale_is_refused(in_place):
+    def forward(m, x):
+        if in_place:
+            m.bn.scale.copy_(x.mean())
+        else:
+            m.bn.scale = x.mean().view(1)
+        return m.bn(m.conv(x))
+
+    change = deploy.fold(trained(Net(forward, conv=nn.Conv2d(3, 4, 3), bn=Told(4))), [IMAGES, IMAGES * 2])
+    assert ("bn.scale is also used elsewhere" if in_place else "with other tensors") in change.left["bn"]
+
+
 def test_a_norm_with_an_activation_does_not_go_forward():
     change = folded(trained(nn.Sequential(nn.ReLU(), Leaky(3), nn.Conv2d(3, 4, 1))), IMAGES)
     assert "its activation, LeakyReLU, is between it and 2" in change.left["1"]

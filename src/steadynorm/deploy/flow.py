@@ -246,9 +246,15 @@ def _arguments(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, tuple[st
     return first, tuple(name for name, value in given.items() if value is not None and name not in SHAPING)
 
 
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, buffers, and what else a module holds; not what modules in it do."""
+    held = {**vars(module), **module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in held.items() if isinstance(tensor, Tensor)}
+
+
 def _state(module: nn.Module) -> tuple[bool, dict[str, int]]:
     """The mode of a module, and which tensors are its own."""
-    return module.training, {name: id(t) for name, t in (*module._parameters.items(), *module._buffers.items())}
+    return module.training, {name: id(tensor) for name, tensor in own_tensors(module).items()}
 
 
 class _Functions(TorchFunctionMode):

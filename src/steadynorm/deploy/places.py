@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from steadynorm.deploy import units
 from steadynorm.deploy.affine import CONVS, TAKES_BEFORE, channel_axis, in_features, out_features
 from steadynorm.deploy.difference import default_tolerance
-from steadynorm.deploy.flow import Call, Geometry, Key, Record, Use
+from steadynorm.deploy.flow import Call, Geometry, Key, Record, Use, own_tensors
 from steadynorm.deploy.inside import Inside
 from steadynorm.layers.weight.target import TRANSPOSED
 
@@ -254,11 +254,10 @@ class Places:
 
     def _check_parameters(self, path: str) -> None:
         """Raise Refused where code outside of the layer reads its tensors."""
-        module = self.modules[path]
         if path in self.record.altered:
             raise Refused(f"{path} is called in another mode, or with other tensors, than it has between calls")
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            for use in self.record.uses.get(_key(tensor), []) if tensor is not None else []:
+        for name, tensor in own_tensors(self.modules[path]).items():
+            for use in self.record.uses.get(_key(tensor), []):
                 raise Refused(f"{path}.{name} is also used elsewhere: {use.what}")
 
     def _passes(self, use: Use) -> bool:
