@@ -65,7 +65,7 @@ def fold(
     tolerance: float | None = None,
     forward: Forward | None = None,
 ) -> Folded:
-    """A plain torch.nn copy of `model` for evaluation, with its batch norms folded into convolutions and linear layers.
+    """A plain torch.nn copy of `model` for evaluation, with its batch norms folded into the layers beside them.
 
     after a layer:   W' = scale · W,  c' = scale · c + shift
     before a layer:  W' = W · scale,  c' = c + Σ W · shift
@@ -74,8 +74,8 @@ def fold(
     Where norms stand is taken from what happens when the batches run, not from the order of definition and not from a
     tracer: every call of every layer, and every other use of every tensor, known by its storage, seen by a mode over
     the functions of torch and one over its operators. A norm is folded only where, in every call of every batch, all
-    that the layer makes goes to that norm and nowhere else: no other operator, view, in-place change, output of the
-    model, or reference that outlives the pass. So control flow may depend on the data.
+    that the layer makes goes to that norm and nowhere else: no other operator, in-place change, output of the model, or
+    reference that outlives the pass. Views in between must keep channels. So control flow may depend on the data.
 
     What cannot be seen: a path that no batch takes; a read through a pointer kept from before, without a call of torch;
     work in threads. The two models are run on all batches and compared, which shows what is wrong on the paths that
@@ -89,8 +89,9 @@ def fold(
             of its dtype.
         forward: called as forward(model, batch), in place of model(batch), model(*args) or model(**dict).
 
-    Returns: the folded model; what was folded, and what was not and why; the difference. An `nn.Identity`, or the
-        activation, stands where a norm was, so that the other names stay. Parametrized weights are plain.
+    Returns: the folded model; what was folded, and what was not and why; the difference. An `nn.Identity`, or what is
+        left to do (an activation, an addition, padding), stands where a norm was, so that the other names stay.
+        Parametrized weights are plain. `unfold` takes it back.
 
     Raises:
         InputError: a model in training mode, or one that cannot be copied; no batches.
