@@ -1,11 +1,14 @@
 """What keeps a rule silent, or makes a note of it: one guard at a time."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 import steadynorm
 from steadynorm import doctor
+from steadynorm.errors import InputError
 from tests.doctor.networks import NeverEvaluates, mlp
 
 
@@ -138,3 +141,71 @@ def test_a_cast_model_gets_one_note_for_all_its_layers():
     found = doctor.examine(model, [x.bfloat16() for x in images()], select=["SN206"]).findings
     assert [(f.severity, f.where, f.evidence["layers"]) for f in found] == [("note", "", 2)]
     assert found[0].evidence["stalls at this distance, relative"] == pytest.approx(2**-9 / 0.1)
+
+
+@pytest.mark.parametrize("code", ["SN209", "SN407", "SN503", "SN701"])
+def test_what_is_off_by_default_runs_when_it_is_selected(code):
+    model = nn.Sequential(*conv_and(nn.BatchNorm2d(8)))
+    assert code not in doctor.examine(model, images()).checked
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    given = {"train_batches": images(), "optimizer": optimizer}
+    assert doctor.examine(model, images(), select=[code], **given).checked == (code,)
+
+
+def test_a_program_is_read_and_left_alone():
+    net = nn.Sequential(*conv_and(nn.BatchNorm2d(8)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and warns of much else
+        model = torch.jit.trace(net.train(), images()[0], check_trace=False)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    result = doctor.examine(nn.Sequential(nn.Identity(), model), images(), train_batches=images())
+    assert [(f.code, f.where) for f in result.findings] == [("SN802", "1.1")]
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert all("compiled program" in reason for code, reason in result.unchecked.items() if code != "SN702")
+
+
+@pytest.mark.parametrize("kept", ["the norms", "the head", "everything"])
+def test_a_norm_is_left_out_where_its_neighbours_are_not(kept):
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+    parts = {"the norms": [model[0], model[4]], "the head": [model[4]], "everything": [model]}
+    optimizer = torch.optim.SGD([p for part in parts[kept] for p in part.parameters()], lr=0.1)
+    found = doctor.examine(model, images(), select=["SN702"], optimizer=optimizer).findings
+    assert [f.where for f in found] == (["1"] if kept == "the norms" else [])
+
+
+def test_a_norm_that_replaced_another_after_the_optimizer_was_made_is_left_out():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[1] = nn.GroupNorm(2, 8)
+    (found,) = doctor.examine(model, images(), select=["SN702"], optimizer=optimizer).findings
+    assert found.where == "1"
+    assert found.evidence["parameters of the optimizer that the model does not have"] == 2
+
+
+@pytest.mark.parametrize("wrong", ["sgd", lambda parameters: None, lambda: None])
+def test_what_is_no_optimizer_is_refused(wrong):
+    with pytest.raises(InputError, match="expected an optimizer of torch"):
+        doctor.examine(mlp(), images(), optimizer=wrong)
+
+
+def test_batches_that_differ_do_not_matter_without_statistics_of_batches():
+    apart = [x + i for i, x in enumerate(images() * 4)]
+    for norm, expected in ((nn.BatchNorm2d(8), ["SN401"]), (nn.GroupNorm(2, 8), [])):
+        model = nn.Sequential(*conv_and(norm))
+        found = doctor.examine(model, images(), train_batches=apart, select=["SN401"]).findings
+        assert [f.code for f in found] == expected
+
+
+def test_statistics_that_leave_out_the_beginning_have_no_residue():
+    layer = steadynorm.BatchNorm2d(8, momentum=0.003, debias=True)
+    model = nn.Sequential(*conv_and(layer), nn.ReLU())
+    nn.init.uniform_(layer.bias)
+    for _ in range(30):
+        model(5 + images()[0])
+    assert doctor.examine(model, [5 + x for x in images()], select=["SN109"]).findings == ()
+
+
+def test_pixels_in_images_with_a_plain_border_are_no_padding():
+    plain = [torch.nn.functional.pad(x[..., :5], (0, 3)) for x in images()]
+    model = nn.Sequential(*conv_and(nn.GroupNorm(2, 8)))
+    assert doctor.examine(model, plain, select=["SN403"]).findings == ()

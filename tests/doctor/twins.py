@@ -1,6 +1,7 @@
 """Faults of how a model is trained and fed, each beside a healthy twin that differs in the fault alone."""
 
 import copy
+import warnings
 from functools import cache
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
+import steadynorm
 from steadynorm import recipe
 from steadynorm.recipes import digits
 from tests.doctor.cases import NORMS, Case, of, train, trained
@@ -285,10 +287,44 @@ def of_the_head(model):
     return torch.optim.SGD(model.head.parameters(), lr=0.05)
 
 
+def filled(split, batch_size=32, seed=0):
+    """Digits as sequences of rows, (N, 8, 8), of four to eight rows; zeros behind, and a mask of what is one."""
+    for images, labels in digits.batches(split, batch_size, seed):
+        lengths = 4 + torch.randint(5, (len(labels),), generator=torch.Generator().manual_seed(seed))
+        is_filled = torch.arange(8)[None] >= lengths[:, None]
+        yield (images[:, 0].transpose(1, 2) * ~is_filled[:, None], is_filled), labels
+
+
+class Filled(nn.Module):
+    """Rows through a norm, and the mean over those that are data."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Conv1d(8, 16, 1, bias=False), norm, nn.Linear(16, 10)
+
+    def forward(self, x, is_filled):
+        x = self.embed(x)
+        given = {"mask": ~is_filled} if type(self.norm).__module__.startswith("steadynorm") else {}
+        x = self.norm(x, **given).relu() * ~is_filled[:, None]
+        return self.head(x.sum(2) / (~is_filled).sum(1, keepdim=True))
+
+
+FILLED = {
+    "batches": lambda: filled("test"),
+    "train_batches": lambda: filled("train"),
+}
+
+
+def with_padding(norm):
+    return lambda: train(Filled(norm()), batches=filled)
+
+
 def compiled(is_training):
     """A network traced in the mode of the moment."""
     model = trained().train(is_training)
-    return torch.jit.trace(model, digits.data()["test"][0][:8], check_trace=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(model, digits.data()["test"][0][:8], check_trace=False)
 
 
 def weight_normed():
@@ -423,6 +459,20 @@ TWINS = [
     (
         Case("an optimizer without the norms", trained, of("SN702", *NORMS), optimizer=without_norms),
         Case("an optimizer of the head", trained, optimizer=of_the_head),
+    ),
+    (
+        Case("padding in a group norm", with_padding(lambda: nn.GroupNorm(4, 16)), of("SN403", "norm"), **FILLED),
+        Case("masked group norm", with_padding(lambda: steadynorm.GroupNorm(4, 16)), **FILLED),
+    ),
+    (
+        Case(
+            "padding in a batch norm",
+            with_padding(lambda: nn.BatchNorm1d(16)),
+            of("SN403", "norm"),
+            **FILLED,
+            notes=True,
+        ),
+        Case("masked batch norm, rows", with_padding(lambda: steadynorm.BatchNorm1d(16)), **FILLED),
     ),
     (
         Case("traced in training mode", lambda: compiled(True), of("SN802", *NORMS), train_batches=None),

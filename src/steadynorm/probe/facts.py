@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from steadynorm.probe.training_facts import Audit, Axes, Held, Inputs, Likeness, Program, Ranks, Shared
+from steadynorm.probe.training_facts import Audit, Axes, Held, Inputs, Likeness, Padding, Program, Ranks, Shared
 
 Part = Literal["program", "state", "optimizer", "data", "forward", "training", "drift", "isolation", "audit"]
 PARTS: tuple[Part, ...] = (
@@ -337,6 +337,7 @@ class Facts:
         rescaled: layers whose weight is normalised, and by what.
         averaged: norms in a network of averaged weights, and what averages them.
         shared: norms that one pass calls several times.
+        padding: sequences that are filled up, and the norms that count it.
         ranks: the processes, where there is a process group or a model that is wrapped for one.
         programs: compiled programs in place of modules.
         correction: what makes the evaluation inputs those that the first norm has learned.
@@ -368,6 +369,7 @@ class Facts:
     averaged: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, Shared] = field(default_factory=dict)
     ranks: Ranks | None = None
+    padding: Padding | None = None
     programs: tuple[Program, ...] = ()
     correction: Correction | None = None
     bare_layer: str = ""

@@ -16,6 +16,7 @@ from steadynorm.probe import (
     instances,
     isolation,
     optimizer,
+    padding,
     preprocessing,
     programs,
     spectral,
@@ -223,6 +224,7 @@ class Observer:
         count = sample_count(inputs_of(self.here[0], self.forward)) or 1
         self.found["values"] = bias.values(self.found["calls"], self.found["norms"], count)
         self.found["bare_layer"] = bias.bare_layer(self.model, self.found["calls"], self.found["norms"])
+        self.found["padding"] = padding.padding(self.model, self.here[0], self.forward, self.found["norms"])
         if paths := instances.tracking(self.found["norms"]):
             few = self.here[: max(1, GAP_SAMPLES // count)]
             self.found["instance_gap"] = instances.gap(self.model, few, self.forward, self.task, paths)

@@ -54,7 +54,7 @@ def held(optimizer: Optimizer, model: nn.Module) -> Held:
             found.add(name)
             if decay > 0:
                 decays[name] = decay
-    trainable = frozenset(name for name, p in model.named_parameters() if p.requires_grad)
+    trainable = tuple(name for name, p in model.named_parameters() if p.requires_grad)
     return Held(frozenset(found), decays, foreign, trainable)
 
 

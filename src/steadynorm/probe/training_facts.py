@@ -65,13 +65,13 @@ class Held:
         names: of the model's parameters in any of its groups.
         decays: by name, weight decay above zero.
         foreign: how many parameters it holds that the model does not have.
-        trainable: names of the model's parameters that take a gradient.
+        trainable: names of the model's parameters that take a gradient, in the order of definition.
     """
 
     names: frozenset[str]
     decays: Mapping[str, float]
     foreign: int
-    trainable: frozenset[str]
+    trainable: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -187,3 +187,21 @@ class Ranks:
 
     processes: int
     keeps_buffers_apart: bool = False
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Sequences that are filled up to the longest of their batch.
+
+    Args:
+        longest, shortest: lengths in the batch that was looked at.
+        evaluating, training: path of the first norm that counts the padding in evaluation, and in training alone.
+        change: of the model's output in evaluation when half as much padding is added, in deviations; None where its
+            shape changes too.
+    """
+
+    longest: int
+    shortest: int
+    evaluating: str
+    training: str
+    change: float | None

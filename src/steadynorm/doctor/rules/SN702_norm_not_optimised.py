@@ -38,9 +38,7 @@ def check(facts: Facts) -> Iterator[Finding]:
         left_out = own - held.names
         if not norm.trains_affine or not left_out:
             continue
-        feeding = producers.get(path, set()) - {""}
-        around = [f"{producer}." for producer in feeding] or [f"{path.rpartition('.')[0]}."]
-        neighbours = {name for name in held.names if any(name.startswith(p) or p == "." for p in around)} - own
+        neighbours = _neighbours(path, producers.get(path, set()) - {""}, facts) & held.names
         if not neighbours:
             continue
         yield Finding(
@@ -59,3 +57,14 @@ def check(facts: Facts) -> Iterator[Finding]:
             },
             fix=Fix("Add them to a group; make the optimizer after the last layer was replaced."),
         )
+
+
+def _neighbours(path: str, feeding: set[str], facts: Facts) -> set[str]:
+    """Parameters of the layers that feed a norm, else of the one that is defined before it, else behind it."""
+    assert facts.held is not None
+    names = facts.held.trainable
+    if feeding:
+        return {name for name in names if name.rpartition(".")[0] in feeding}
+    place = next(i for i, name in enumerate(names) if name.rpartition(".")[0] == path)
+    others = [(i, name) for i, name in enumerate(names) if name.rpartition(".")[0] not in facts.norms]
+    return {name for i, name in [*[o for o in others if o[0] < place][-1:], *[o for o in others if o[0] > place]][:1]}
