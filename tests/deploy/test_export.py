@@ -206,8 +206,10 @@ def test_examples_of_one_sample_make_no_constant_of_it(tmp_path):
     assert deploy.load(made.path)(torch.ones(5, 4)).shape == (5, 3)
 
 
-def test_a_sample_that_depends_on_its_batch_is_told(tmp_path):
-    made = deploy.export(BatchMean().eval(), [torch.tensor([[1.0], [3.0]])], tmp_path / "net.pt2", batch_sizes=(1, 2))
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_a_sample_that_depends_on_its_batch_is_told(tmp_path, suffix):
+    pair, path = torch.tensor([[1.0], [3.0]]), tmp_path / f"net{suffix}"
+    made = deploy.export(BatchMean().eval(), [pair], path, batch_sizes=(1, 2))
     # Alone 1 − 0.5, beside 3 it is 1 − 1: a difference of 0.5 where the output is 0.5.
     assert made.invariance.model == made.invariance.artefact == 1.0
     assert not made.invariance.holds
