@@ -76,6 +76,7 @@ def test_a_repair_is_taken_back_bit_for_bit(tmp_path, kind):
     assert bits(model) == before
 
 
+@pytest.mark.slow
 def test_a_layer_that_was_widened_is_narrow_again(tmp_path):
     case, model = planted_case("trained in bfloat16")
     before, file = bits(model), tmp_path / "undo.safetensors"
@@ -112,6 +113,7 @@ def test_what_weights_do_not_hold_is_said(kind, in_code):
     assert examined(model, "SN1", "SN2").is_clean
 
 
+@pytest.mark.slow
 def test_an_instance_norm_that_tracks_forgets_and_remembers(tmp_path):
     case, model = planted_case(next(c.name for c in planted_instances()))
     found = doctor.examine(model, case.batches, train_batches=case.train_batches, loss=case.loss, select=["SN114"])
