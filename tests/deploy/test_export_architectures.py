@@ -19,6 +19,10 @@ REFUSED = {
     "FlexibleUNet": "fake tensor",
     "control flow by the data": "data-dependent",
 }
+# And torch.onnx, whose decomposition of attention views a tensor as one that its strides do not allow.
+REFUSED_AS_ONNX = REFUSED | dict.fromkeys(
+    ("Wav2Vec2-Conformer", "Parakeet (Fast Conformer)", "SeamlessM4T, speech"), "torch.onnx cannot write the model"
+)
 
 
 @pytest.mark.slow
@@ -28,15 +32,15 @@ def test_an_architecture_agrees_or_says_why_not(tmp_path, name, suffix):
     made = ARCHITECTURES[name]
     model = trained(made.make().eval())
     path = tmp_path / f"net{suffix}"
-    if name in REFUSED:
-        with pytest.raises(InputError, match=REFUSED[name]):
+    refused = REFUSED_AS_ONNX if suffix == ".onnx" else REFUSED
+    if name in refused:
+        with pytest.raises(InputError, match=refused[name]):
             deploy.export(model, made.batches(), path)
         assert not list(tmp_path.iterdir())
         return
     exported = deploy.export(model, made.batches(), path, batch_sizes=(1, 2, 3, 8))
-    assert max(output.relative for output in exported.outputs) < 1e-4
+    assert all(output.is_within(None) for output in exported.outputs)
     assert exported.invariance.holds
-    assert exported.invariance.artefact < 1e-4
     assert deploy.verify(model, deploy.load(path), made.batches()).agrees
 
 

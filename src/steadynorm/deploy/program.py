@@ -155,7 +155,7 @@ def as_onnx(program: Any, outputs: Sequence[str], opset: int | None) -> Content:
             _name_first_sizes(made)
             proto = made.model_proto
     except Exception as error:
-        raise InputError(f"torch.onnx cannot write the model: {in_a_line(error)}.") from error
+        raise InputError(f"torch.onnx cannot write the model: {in_a_line(_cause(error))}.") from error
     version = next(entry.version for entry in proto.opset_import if not entry.domain)
     if opset is not None and version != opset:
         raise InputError(f"export got opset={opset}, which torch's exporter does not write: it wrote {version}.")
@@ -170,6 +170,13 @@ def as_onnx(program: Any, outputs: Sequence[str], opset: int | None) -> Content:
             f"the model has {proto.ByteSize() / 1e9:.1f} GB, and one ONNX file can hold 2.1: export to a .pt2 file."
         )
     return Content(proto.SerializeToString(), version, dict(Counter(node.op_type for node in proto.graph.node)))
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What went wrong first: around it torch.onnx puts advice, in colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def output_names(places: Sequence[str], inputs: Sequence[str]) -> list[str]:
