@@ -4,7 +4,9 @@
 found. Images are patches of two photographs, to be told apart; texts are lines of a licence, to be told from another.
 """
 
+import contextlib
 import importlib
+import io
 import sys
 import time
 import warnings
@@ -40,7 +42,8 @@ def images(split: str) -> tuple[Tensor, Tensor]:
 @cache
 def texts(split: str) -> tuple[Tensor, Tensor]:
     """Characters of two texts of Python's own, (N, 16), and which one each is of."""
-    this = importlib.import_module("this")
+    with contextlib.redirect_stdout(io.StringIO()):
+        this = importlib.import_module("this")
 
     generator = torch.Generator().manual_seed(0 if split == "train" else 1)
     sources = (sys.copyright * 8, "".join(chr(ord(c)) for c in this.s) * 2)
@@ -164,7 +167,6 @@ WITH_BATCH_NORM = {
         monai("DynUNet", 2, 3, 2, [3, 3, 3], [1, 2, 2], [2, 2], norm_name="batch", filters=[8, 16, 16])
     ),
     "monai AttentionUnet": Architecture(monai("AttentionUnet", 2, 3, 2, (8, 16, 24), (2, 2))),
-    "monai HighResNet": Architecture(monai("HighResNet", 2, 3, 2)),
     "monai AutoEncoder": Architecture(monai("AutoEncoder", 2, 3, 2, (8, 16), (2, 2), norm="batch")),
     "monai EfficientNet": Architecture(
         monai("EfficientNetBN", "efficientnet-b0", pretrained=False, spatial_dims=2, in_channels=3, num_classes=2)

@@ -4,8 +4,8 @@ import pytest
 
 from tests.doctor.architectures import ARCHITECTURES, KNOWN, STEPS, examine
 
-# One of each kind on every push: batch norm, group and instance norm, layer norm on images and texts, RMS norm.
-ALWAYS = ("ResNet, basic", "monai U-Net", "ViT", "monai U-Net, instance norm", "Llama")
+# One of each kind on every push: batch, group, layer, instance and root mean square norm.
+ALWAYS = ("ResNet, basic", "BiT", "ViT", "monai U-Net, instance norm", "Llama")
 
 
 def named(names):

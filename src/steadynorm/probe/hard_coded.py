@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -39,5 +39,12 @@ class BatchNormCalls(TorchFunctionMode):
             and models.norm_kind(module) is not None
             and (module.training or not models.has_running_statistics(module))
         )
-        if is_training is True and not by_itself:
+        if is_training is True and not by_itself and not _is_weight(args, kwargs):
             self.found[path] = None
+
+
+def _is_weight(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether one sample is normalised, without statistics: weights that are standardised, as in Big Transfer."""
+    x = args[0] if args else kwargs.get("input")
+    running_mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
+    return isinstance(x, Tensor) and x.shape[:1] == (1,) and running_mean is None
