@@ -1,4 +1,4 @@
-"""The examples of the pages on training and conversion run, and what they say they print they print."""
+"""The examples of the pages on training run, and what they say they print they print."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.mark.parametrize(
     "name",
-    ["adapt", "average", "convert", "freeze", "merge", "microbatch", "param_groups", "recalibrate", "transaction"],
+    ["adapt", "average", "freeze", "merge", "microbatch", "param_groups", "recalibrate", "transaction"],
 )
 def test_the_examples_run(name, capsys):
     text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
