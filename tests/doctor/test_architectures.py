@@ -35,7 +35,7 @@ def test_there_are_forty_or_more():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", ["MobileNetV1", "MobileNetV2"])
 def test_a_momentum_in_the_sense_of_another_library_is_found_in_published_classes(name):
     found = examine(ARCHITECTURES[name])
     assert {f.code for f in found.findings if f.severity != "note"} == KNOWN[name]

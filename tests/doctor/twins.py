@@ -468,7 +468,7 @@ TWINS = [
         Case(
             "padding in a batch norm",
             with_padding(lambda: nn.BatchNorm1d(16)),
-            of("SN403", "norm"),
+            of("SN403", "norm") | of("SN203", "norm"),
             **FILLED,
             notes=True,
         ),
