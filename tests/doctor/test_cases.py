@@ -8,8 +8,7 @@ from tests.doctor.planted import PLANTED
 from tests.doctor.twins import TWINS
 
 # Healthy twins that no control resembles run on every push, the others with the slow ones.
-UNUSUAL = ("second pass in evaluation mode", "teacher, in the loss", "two calls", "two kinds", "balanced", "head")
-UNUSUAL += ("finetuned in", "raw pixels into", "channels second", "traced in evaluation", "sampled by itself")
+UNUSUAL = ("second pass in evaluation mode", "teacher, in the loss", "balanced", "optimizer of the head")
 
 
 @pytest.mark.parametrize("case", FAULTS + PLANTED, ids=lambda case: case.name)
