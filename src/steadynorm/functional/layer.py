@@ -15,6 +15,8 @@ from steadynorm.kernels import backends, ops
 WIDE = (torch.float32, torch.float64)
 SMALL = 1 << 17
 """Values up to which the calls of an autograd function from Python cost more than torch's own kernel takes in all."""
+FEW_ROWS = 256
+"""Rows up to which torch's sums of the gradients of weight and bias, in float32, are as good as ours."""
 
 
 def normalize_layer(
@@ -34,17 +36,18 @@ def normalize_layer(
         wide = under_autocast(x)
     if torch.compiler.is_exporting():
         return F.layer_norm(x, x.shape[x.dim() - dims :], weight, bias, eps), x
-    if addend is None and _is_small(x, weight, bias):
+    if addend is None and _is_small(x, dims, weight, bias):
         return _normalize_small(x, dims, weight, bias, eps), x
     dense, grouping = grouping_.layer(wide, dims)
     y, total, *_ = normalize_sample(dense, weight, bias, Settings(grouping, eps), addend=addend)
     return dense_like(y, x), x if addend is None else dense_like(total, x)
 
 
-def _is_small(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+def _is_small(x: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None) -> bool:
     return (
         not ops.is_traced(x)
         and x.numel() <= SMALL
+        and math.prod(x.shape[:-dims]) <= FEW_ROWS
         and x.is_contiguous()
         and x.device.type == "cpu"
         and x.dtype in WIDE
