@@ -239,6 +239,12 @@ class Frozen(nn.Module):
         return x * scale + (b - mean * scale)
 
 
+def test_a_norm_that_makes_more_dimensions_takes_no_other_in():
+    model = trained(nn.Sequential(nn.Linear(4, 4, bias=False), Frozen(4), nn.BatchNorm2d(4, affine=False)))
+    change = deploy.fold(model, [torch.randn(3, 4)])
+    assert set(change.left) == {"1", "2"}
+
+
 class Otherwise(Frozen):
     """The same numbers by other operators."""
 

@@ -175,7 +175,7 @@ class Places:
         return (
             inside.activation is None
             and inside.affine.is_finite()
-            and all(not call.others and _keeps_dtype(call) and _keeps_digits(inside, call.made) for call in calls)
+            and all(not call.others and _keeps_form(call) and _keeps_digits(inside, call.made) for call in calls)
         )
 
     def _size(self, source: str) -> int:
@@ -274,8 +274,11 @@ def _takes_before(layer: nn.Module) -> bool:
     return units.is_linear(layer) and units.known(layer, TAKES_BEFORE)
 
 
-def _keeps_dtype(call: Call) -> bool:
-    return call.given is not None and call.made is not None and call.given.dtype == call.made.dtype
+def _keeps_form(call: Call) -> bool:
+    """Whether dtype and shape come out as they went in: what is written for images makes four dimensions of two."""
+    if call.given is None or call.made is None:
+        return False
+    return call.given.dtype == call.made.dtype and call.given.shape == call.made.shape
 
 
 def _keeps_digits(inside: Inside, taken: Geometry | None) -> bool:
