@@ -203,6 +203,8 @@ def is_exact_or_refused(case):
 def check_alike(expected, got, tolerance):
     outputs = zip(expected.values(), got.values(), strict=True) if isinstance(got, dict) else [(expected, got)]
     for one, other in outputs:
+        if not one.numel():  # a norm for images makes four dimensions of two, and a view may leave none of its values
+            continue
         scale = float(one.abs().max())
         assert float((one - other.double()).abs().max()) <= tolerance * scale + 1e-30
 
