@@ -47,6 +47,7 @@ ToleranceOption = Annotated[
     float | None,
     typer.Option(parser=positive, metavar="NUMBER", help="Largest relative difference; else half of the digits."),
 ]
+OpsetOption = Annotated[int | None, typer.Option(parser=whole(1), metavar="NUMBER", help="Of ONNX's operators.")]
 LeaveOption = Annotated[str, typer.Option(help="Norms to leave as they are: backbone,head.*")]
 OnlyOption = Annotated[str, typer.Option(help="Only these norms: backbone,head.*")]
 
@@ -111,7 +112,7 @@ def fold(
     out: WrittenOption = None,
     leave: LeaveOption = "",
     tolerance: ToleranceOption = None,
-    opset: Annotated[int | None, typer.Option(parser=whole(1), metavar="NUMBER", help="Of ONNX's operators.")] = None,
+    opset: OpsetOption = None,
     batch_size: BatchSizeOption = 32,
     batches: BatchesOption = 4,
     format: ReportFormatOption = None,
@@ -205,7 +206,7 @@ def export(
     recipe: RecipeName,
     weights: WeightsOption = None,
     out: WrittenOption = None,
-    opset: Annotated[int | None, typer.Option(parser=whole(1), metavar="NUMBER", help="Of ONNX's operators.")] = None,
+    opset: OpsetOption = None,
     fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="For batches of --batch-size only.")] = False,
     tolerance: ToleranceOption = None,
     batch_size: BatchSizeOption = 32,
