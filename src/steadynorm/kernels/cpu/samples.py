@@ -162,18 +162,6 @@ def make_load_valid(storage: Storage) -> Any:
 
 
 @intrinsic
-def prefetch(typingctx: Any, address: Any) -> Any:
-    """Ask for the cache line at `address`, which may be no memory of ours, before it is read."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, *(ir.Constant(I32, v) for v in (0, 3, 1))])
-        return context.get_dummy_value()
-
-    return numba.types.void(numba.types.int64), codegen
-
-
-@intrinsic
 def narrowed(typingctx: Any, a: Any) -> Any:
     """A float64 vector as float32."""
 

@@ -22,6 +22,7 @@ from steadynorm.kernels.cpu.simd import (
     lanes_sum,
     load_f64,
     load_v64,
+    prefetch,
     smaller,
     splat64,
     square_root_of,
@@ -168,7 +169,7 @@ def _make_statistics(storage: Storage) -> Any:
             for c in range(head):
                 for i in range(0, n, LANES):
                     at_i = pivots + i * lane
-                    at.prefetch(x + (c + AHEAD) * stride + i * size)
+                    prefetch(x + (c + AHEAD) * stride + i * size)
                     store_vector(at_i, load_lanes(at_i) + value_at(x + c * stride, i, n))
             for i in range(0, n, LANES):
                 store_vector(pivots + i * lane, load_lanes(pivots + i * lane) * splat(1.0 / head))
@@ -177,7 +178,7 @@ def _make_statistics(storage: Storage) -> Any:
             for c in range(start, stop):
                 for i in range(0, n, LANES):
                     at_i = i * lane
-                    at.prefetch(x + (c + AHEAD) * stride + i * size)
+                    prefetch(x + (c + AHEAD) * stride + i * size)
                     value = value_at(x + c * stride, i, n) - load_lanes(pivots + at_i)
                     store_vector(sums + at_i, load_lanes(sums + at_i) + value)
                     store_vector(squares + at_i, fma(value, value, load_lanes(squares + at_i)))
@@ -372,8 +373,8 @@ def _make_sums(storage: Storage, activation: str | None, is_masked: bool) -> Any
         product, total = load_lanes(at_c), load_lanes(at_c + LANES * lane)
         ahead = AHEAD * place(args, at.INNER) * size
         for i in range(0, n, LANES):
-            at.prefetch(x + o + ahead + i * size)
-            at.prefetch(dy + o + ahead + i * size)
+            prefetch(x + o + ahead + i * size)
+            prefetch(dy + o + ahead + i * size)
             if n - i >= LANES:
                 normalized, value = values_at(run, i, LANES, (weight, bias))
                 if g != 0:
