@@ -22,7 +22,7 @@ from steadynorm.probe.effects import Loss
 from steadynorm.probe.optimizer import remember_optimizer
 from steadynorm.probe.samples import tensors_in
 from steadynorm.probe.state import STATISTICS
-from steadynorm.probe.trace import PASS_SEED, Forward, ForwardRaised, NotPossible
+from steadynorm.probe.trace import Forward, ForwardRaised, NotPossible, seed
 from steadynorm.probe.training_facts import Audit, NormStep, Phase
 
 Step = Callable[[nn.Module, Any], Any]
@@ -50,7 +50,7 @@ def audit(
     before = {path: layer.training for path, layer in models.norms(model).items()}
     witness = _Witness(model)
     with witness.watching():
-        torch.manual_seed(PASS_SEED)
+        seed()
         with torch.enable_grad():
             if step is None:
                 _own_step(model, batch, forward, loss, optimizer)

@@ -86,28 +86,35 @@ class Sketch:
         rows = rows[:, rows.std(0) > 0]
         if not rows.numel():
             return None
-        rows = (rows - rows.mean(0)) / rows.std(0)
-        owner = torch.repeat_interleave(torch.arange(len(batches)), torch.tensor([len(b) for b in batches]))
-        found = _ratio(rows, owner, len(batches))
+        rows = ((rows - rows.mean(0)) / rows.std(0)).float()
+        sizes = torch.tensor([len(b) for b in batches])
+        owner = torch.repeat_interleave(torch.arange(len(batches)), sizes)
+        found = float(_ratios(rows, owner[None], sizes))
         generator = torch.Generator().manual_seed(SEED)
-        chance = [
-            _ratio(rows[torch.randperm(len(rows), generator=generator)], owner, len(batches))
-            for _ in range(PERMUTATIONS)
-        ]
-        beyond = sum(value >= found for value in chance)
+        deals = torch.rand(PERMUTATIONS, len(rows), generator=generator).argsort(1)
+        # As many at a time as need no more memory than the rows.
+        parts = deals.split(max(1, PROJECTIONS // len(batches)))
+        chance = torch.cat([_ratios(rows, owner[part], sizes) for part in parts])
         return Likeness(
             ratio=found,
-            chance=sorted(chance)[int(0.99 * PERMUTATIONS)],
-            p=(1 + beyond) / (1 + PERMUTATIONS),
+            chance=float(chance.sort().values[int(0.99 * PERMUTATIONS)]),
+            p=(1 + int((chance >= found).sum())) / (1 + PERMUTATIONS),
             batches=len(batches),
             samples=len(rows),
         )
 
 
-def _ratio(rows: Tensor, owner: Tensor, count: int) -> float:
-    """Variance between batches over that within them, as the F of an analysis of variance, over all directions."""
-    sizes = torch.bincount(owner, minlength=count).double()
-    means = torch.zeros(count, rows.shape[1], dtype=rows.dtype).index_add_(0, owner, rows) / sizes[:, None]
-    between = float((sizes[:, None] * means.square()).sum()) / (count - 1)
-    within = float(rows.square().sum() - (sizes[:, None] * means.square()).sum()) / max(len(rows) - count, 1)
-    return between / max(within, 1e-30)
+def _ratios(rows: Tensor, owners: Tensor, sizes: Tensor) -> Tensor:
+    """Variance between batches over that within them, as the F of an analysis of variance, over all directions.
+
+    Args:
+        rows: (samples, directions), centred.
+        owners: (deals, samples): which batch a sample belongs to, in each of several ways to deal them out.
+        sizes: samples of each batch.
+    """
+    count, samples = len(sizes), len(rows)
+    is_of = torch.nn.functional.one_hot(owners, count).transpose(1, 2).to(rows.dtype)
+    sums = (is_of.reshape(-1, samples) @ rows).reshape(len(owners), count, -1)
+    between = (sums.square().sum(2) / sizes).sum(1)
+    within = rows.square().sum() - between
+    return between / (count - 1) / (within / max(samples - count, 1)).clamp(min=1e-30)
