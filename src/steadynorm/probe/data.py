@@ -20,7 +20,7 @@ MOST_VALUES = 4096
 SEED = 0
 # Below 15 batches the F of chance alone reached 2.95; more samples than these say nothing new.
 FEWEST_BATCHES, MOST_SAMPLES = 15, 2048
-PERMUTATIONS = 999
+PERMUTATIONS, DEALS_AT_ONCE = 999, 32
 # A feature that varies by less than this is a constant.
 CONSTANT_VARIANCE = 1e-12
 
@@ -92,9 +92,7 @@ class Sketch:
         found = float(_ratios(rows, owner[None], sizes))
         generator = torch.Generator().manual_seed(SEED)
         deals = torch.rand(PERMUTATIONS, len(rows), generator=generator).argsort(1)
-        # As many at a time as need no more memory than the rows.
-        parts = deals.split(max(1, PROJECTIONS // len(batches)))
-        chance = torch.cat([_ratios(rows, owner[part], sizes) for part in parts])
+        chance = torch.cat([_ratios(rows, owner[some], sizes) for some in deals.split(DEALS_AT_ONCE)])
         return Likeness(
             ratio=found,
             chance=float(chance.sort().values[int(0.99 * PERMUTATIONS)]),
