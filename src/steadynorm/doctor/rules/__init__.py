@@ -11,60 +11,11 @@ has `is_optional = True`: it is checked only where its code, or a beginning of i
 
 import inspect
 from collections.abc import Iterator
-from typing import Protocol
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Protocol, cast
 
 from steadynorm.doctor.finding import Finding
-from steadynorm.doctor.rules import (
-    SN001_forward_raises,
-    SN002_nonfinite_batches,
-    SN101_one_value_per_statistic,
-    SN102_too_few_values,
-    SN103_single_element_group,
-    SN104_dead_bias,
-    SN105_wrong_axis,
-    SN106_shared_norm,
-    SN107_dropout_before_norm,
-    SN108_momentum_convention,
-    SN109_momentum_too_slow,
-    SN110_momentum_zero,
-    SN111_eps_dominates,
-    SN112_dead_channels,
-    SN113_hard_coded_training,
-    SN114_tracking_instance_norm,
-    SN115_rescaled_before_norm,
-    SN116_stacked_norms,
-    SN118_never_called_norm,
-    SN201_default_statistics,
-    SN202_broken_statistics,
-    SN203_stale_statistics,
-    SN204_averaged_weights,
-    SN205_tracking_toggled,
-    SN206_low_precision_statistics,
-    SN208_spectral_vectors,
-    SN209_ragged_counters,
-    SN301_evaluation_moves_statistics,
-    SN302_frozen_but_moving,
-    SN303_recompute_double_update,
-    SN304_extra_forward,
-    SN305_training_in_evaluation_mode,
-    SN306_freeze_undone,
-    SN307_helper_in_training_mode,
-    SN308_dropout_with_batch_statistics,
-    SN309_accumulated_statistics,
-    SN401_batches_not_alike,
-    SN402_ragged_last_batch,
-    SN403_padding_in_statistics,
-    SN405_preprocessing_mismatch,
-    SN406_input_scale,
-    SN407_constant_feature,
-    SN501_mean_over_deviation,
-    SN503_bessel_gap,
-    SN601_statistics_of_ranks,
-    SN701_decay_on_norm,
-    SN702_norm_not_optimised,
-    SN801_batch_dependent_evaluation,
-    SN802_program_in_training_mode,
-)
 from steadynorm.errors import InputError
 from steadynorm.probe import Facts, Part
 
@@ -81,57 +32,11 @@ class Rule(Protocol):
         ...
 
 
-RULES: tuple[Rule, ...] = (
-    SN001_forward_raises,
-    SN002_nonfinite_batches,
-    SN101_one_value_per_statistic,
-    SN102_too_few_values,
-    SN103_single_element_group,
-    SN104_dead_bias,
-    SN105_wrong_axis,
-    SN106_shared_norm,
-    SN107_dropout_before_norm,
-    SN108_momentum_convention,
-    SN109_momentum_too_slow,
-    SN110_momentum_zero,
-    SN111_eps_dominates,
-    SN112_dead_channels,
-    SN113_hard_coded_training,
-    SN114_tracking_instance_norm,
-    SN115_rescaled_before_norm,
-    SN116_stacked_norms,
-    SN118_never_called_norm,
-    SN201_default_statistics,
-    SN202_broken_statistics,
-    SN203_stale_statistics,
-    SN204_averaged_weights,
-    SN205_tracking_toggled,
-    SN206_low_precision_statistics,
-    SN208_spectral_vectors,
-    SN209_ragged_counters,
-    SN301_evaluation_moves_statistics,
-    SN302_frozen_but_moving,
-    SN303_recompute_double_update,
-    SN304_extra_forward,
-    SN305_training_in_evaluation_mode,
-    SN306_freeze_undone,
-    SN307_helper_in_training_mode,
-    SN308_dropout_with_batch_statistics,
-    SN309_accumulated_statistics,
-    SN401_batches_not_alike,
-    SN402_ragged_last_batch,
-    SN403_padding_in_statistics,
-    SN405_preprocessing_mismatch,
-    SN406_input_scale,
-    SN407_constant_feature,
-    SN501_mean_over_deviation,
-    SN503_bessel_gap,
-    SN601_statistics_of_ranks,
-    SN701_decay_on_norm,
-    SN702_norm_not_optimised,
-    SN801_batch_dependent_evaluation,
-    SN802_program_in_training_mode,
+RULES: tuple[Rule, ...] = tuple(
+    cast(Rule, import_module(f"{__name__}.{file.name}"))
+    for file in sorted(iter_modules(__path__), key=lambda file: file.name)
 )
+"""Every file of this folder, by code."""
 
 
 def is_on(rule: Rule) -> bool:
