@@ -38,6 +38,8 @@ X = torch.randn(11, 3, 4, generator=torch.Generator().manual_seed(0))
         lambda x: x / x.norm(dim=0),
         lambda x: x.flip(0),
         lambda x: x.cumsum(0).flip(0),
+        lambda x: x.cumsum(0),
+        lambda x: x - torch.cat([x[:1], x[:-1]]),
         lambda x: x.T.reshape(x.shape),
         lambda x: x + 1e-5 * x.sum(0),
     ],
@@ -66,6 +68,25 @@ def test_any_batch_of_two_or_more_will_do(count):
     x = torch.randn(count, 3, 4)
     assert places(net(lambda x: x - x.mean(0)), x) == ["2"]
     assert places(net(lambda x: x), x) == []
+
+
+def test_a_recurrence_over_the_samples_is_found_though_the_first_one_begins_it():
+    class Sequences(nn.Module):
+        def __init__(self, batch_first):
+            super().__init__()
+            self.rnn, self.last = nn.GRU(4, 6, batch_first=batch_first), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.last(self.rnn(x)[0][:, -1])
+
+    assert places(Sequences(batch_first=False), X) == ["rnn"]
+    assert places(Sequences(batch_first=True), X) == []
+
+
+def test_a_maximum_is_found_though_the_first_sample_holds_it():
+    x = X.clone()
+    x[0] += 10
+    assert places(nn.Sequential(nn.ReLU(), Through(lambda x: x / x.amax())), x) == ["1"]
 
 
 def test_single_samples_are_joined():

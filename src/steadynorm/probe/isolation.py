@@ -1,8 +1,10 @@
 """Does the output for one sample depend on the others? Change its batch mates, and look at every module.
 
-Sample 0 stays, its mates are swapped for others, the shape of the batch stays the same. On one shape a sample that
+One sample stays, its mates are swapped for others, the shape of the batch stays the same. On one shape a sample that
 stands alone gives the same bits (60 architectures, float32 and bfloat16: not one bit differed), which comparing two
 batch sizes would not. The output alone is not enough: a residual branch that starts at zero hides what happens in it.
+And one place is not enough: a recurrence over the samples leaves the first as it is, a maximum the one that holds it.
+So the first sample of a group stays once, and once the last.
 """
 
 from collections.abc import Sequence
@@ -40,7 +42,7 @@ Readings = list[list[Tensor]]
 
 @dataclass
 class _Record:
-    """What sample 0 may be in the tensors into and out of one call."""
+    """What the sample that stays may be in the tensors into and out of one call."""
 
     path: str
     class_name: str
@@ -52,9 +54,9 @@ class _Record:
 
 
 class _Recorder(Watcher):
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, place: int) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.place = count, place
         self.records: list[_Record] = []
         self._open: list[_Record] = []
         self._clock = count_up()
@@ -73,7 +75,7 @@ class _Recorder(Watcher):
 
     def _read(self, value: Any) -> Readings:
         # Copies, since later operations in place would change them.
-        return [[part.clone() for part in readings(tensor, self.count)] for tensor in tensors_in(value)]
+        return [[part.clone() for part in readings(tensor, self.count, self.place)] for tensor in tensors_in(value)]
 
 
 def leaks(
@@ -92,37 +94,59 @@ def leaks(
     Raises:
         NotPossible: the samples cannot be told apart, or the model takes another way for other data.
     """
-    here, there = _two_groups(batches, forward)
-    count = sample_count(inputs_of(here, forward))
-    assert count is not None
-    first, again, other = (_record(model, batch, forward, count) for batch in (here, here, there))
-    if not [r.path for r in first] == [r.path for r in again] == [r.path for r in other]:
-        raise NotPossible("the model does not call the same modules for two batches of the same shape")
-    floors = [SMALLEST_CHANGE + FLOOR_FACTOR * _change(a.outputs, b.outputs) for a, b in zip(first, again, strict=True)]
-    sources = _sources(first, other, floors)
-    if not sources:
+    looks = [_look(model, batches, forward, is_last) for is_last in (False, True)]
+    found: dict[str, tuple[_Record, float]] = {}
+    for look in looks:
+        for i, change in sorted(look.sources.items()):
+            record = look.first[i]
+            found[record.path] = record, max(change, found.get(record.path, (record, 0.0))[1])
+    if not found:
         return ()
-    put_back = models.remember(model)  # a norm that is left in training mode would remember the NaN
-    tainted = _tainted(model, here, forward, count)
-    put_back()
+    tainted = {path for look in looks if look.sources for path in _tainted(model, look, forward)}
     effect = effects.of_mates(model, batches, forward, task)
-    hidden = _change(first[-1].outputs, other[-1].outputs)
     return tuple(
         Leak(
-            path=first[i].path,
-            class_name=first[i].class_name,
+            path=path,
+            class_name=record.class_name,
             change=change,
-            output_change=hidden if hidden > floors[-1] else 0.0,
-            is_confirmed=first[i].path in tainted,
+            output_change=max(look.hidden for look in looks),
+            is_confirmed=path in tainted,
             effect=effect,
             recalibrated=recalibrated,
         )
-        for i, change in sorted(sources.items())
+        for path, (record, change) in found.items()
+        if not any(inner.startswith(f"{path}." if path else "") for inner in found if inner != path)
     )
 
 
-def _two_groups(batches: Sequence[Any], forward: Forward) -> tuple[Any, Any]:
-    """Two batches of one shape that share sample 0 and nothing else, as far as there are samples."""
+@dataclass
+class _Look:
+    """A sample at its place among others, the calls of that pass, and those in which it meets them, by index."""
+
+    here: Any
+    count: int
+    place: int
+    first: list[_Record]
+    sources: dict[int, float]
+    hidden: float
+
+
+def _look(model: nn.Module, batches: Sequence[Any], forward: Forward, is_last: bool) -> _Look:
+    """Two batches that share their first sample, or their last: what differs between the two passes for it."""
+    here, there = _two_groups(batches, forward, is_last)
+    count = sample_count(inputs_of(here, forward))
+    assert count is not None
+    place = count - 1 if is_last else 0
+    first, again, other = (_record(model, batch, forward, count, place) for batch in (here, here, there))
+    if not [r.path for r in first] == [r.path for r in again] == [r.path for r in other]:
+        raise NotPossible("the model does not call the same modules for two batches of the same shape")
+    floors = [SMALLEST_CHANGE + FLOOR_FACTOR * _change(a.outputs, b.outputs) for a, b in zip(first, again, strict=True)]
+    hidden = _change(first[-1].outputs, other[-1].outputs)
+    return _Look(here, count, place, first, _sources(first, other, floors), hidden if hidden > floors[-1] else 0.0)
+
+
+def _two_groups(batches: Sequence[Any], forward: Forward, is_last: bool) -> tuple[Any, Any]:
+    """Two batches of one shape that share their first sample, or their last, and no other as far as there are any."""
     batch = batches[0]
     count = sample_count(inputs_of(batch, forward))
     if count is None:
@@ -131,23 +155,24 @@ def _two_groups(batches: Sequence[Any], forward: Forward) -> tuple[Any, Any]:
         same = [b for b in batches if shapes(b) == shapes(batch)]
         if len(same) < 3:
             raise NotPossible("a batch holds a single sample: give batches of 2 or more")
-        return join(same[0], same[1]), join(same[0], same[2])
+        return join(same[0], same[1]), join(same[2], same[1]) if is_last else join(same[0], same[2])
     if count == 2:
-        return batch, take(batch, [0, 0])
+        return batch, take(batch, [1, 1] if is_last else [0, 0])
     # Other samples, not the same ones in another order, which a mean over the samples would not notice.
     size = min(GROUP, (count + 1) // 2)
-    return take(batch, list(range(size))), take(batch, [0, *range(count - size + 1, count)])
+    mates = list(range(count - size + 1, count))
+    return take(batch, list(range(size))), take(batch, [*mates, size - 1] if is_last else [0, *mates])
 
 
-def _record(model: nn.Module, batch: Any, forward: Forward, count: int) -> list[_Record]:
-    recorder = _Recorder(count)
+def _record(model: nn.Module, batch: Any, forward: Forward, count: int, place: int) -> list[_Record]:
+    recorder = _Recorder(count, place)
     with watching(model, recorder):
         run(model, batch, forward)
     return recorder.records
 
 
 def _sources(first: list[_Record], other: list[_Record], floors: list[float]) -> dict[int, float]:
-    """The innermost calls in which sample 0 meets its mates, by index, with how much it changes there.
+    """The innermost calls in which the sample meets its mates, by index, with how much it changes there.
 
     Either the inputs of a call agree and its outputs do not, or a module inside it is given something that disagrees
     and that nothing before it explains: then it arose in the call's own code, whatever becomes of it later.
@@ -186,21 +211,26 @@ def _change(a: Readings, b: Readings) -> float:
     )
 
 
-def _tainted(model: nn.Module, batch: Any, forward: Forward, count: int) -> set[str]:
-    """Modules that a NaN in the other samples reaches sample 0 in, while sample 0 of their inputs is free of it.
+def _tainted(model: nn.Module, look: _Look, forward: Forward) -> set[str]:
+    """Modules that a NaN in the other samples reaches the sample in, while it is free of it in their inputs.
 
     A second witness only: NaN also crosses where other samples are multiplied by zero, which is no dependence.
     """
 
     def poison(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or not tensor.dim() or tensor.shape[0] != count:
+        if not tensor.is_floating_point() or not tensor.dim() or tensor.shape[0] != look.count:
             return tensor
-        return torch.cat([tensor[:1], torch.full_like(tensor[1:], torch.nan)])
+        poisoned = torch.full_like(tensor, torch.nan)
+        poisoned[look.place] = tensor[look.place]
+        return poisoned
 
+    put_back = models.remember(model)  # a norm that is left in training mode would remember the NaN
     try:
-        records = _record(model, map_tensors(poison, batch), forward, count)
+        records = _record(model, map_tensors(poison, look.here), forward, look.count, look.place)
     except Exception:  # a model may refuse NaN: then there is one witness
         return set()
+    finally:
+        put_back()
     return {r.path for r in records if _is_nan(r.outputs) and not _is_nan(r.inputs)}
 
 

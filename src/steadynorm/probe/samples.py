@@ -45,8 +45,8 @@ def shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tensor.shape) for tensor in tensors_in(batch))
 
 
-def readings(tensor: Tensor, count: int) -> list[Tensor]:
-    """Every part of `tensor` that may be what sample 0 of `count` samples is; none if no size fits.
+def readings(tensor: Tensor, count: int, place: int = 0) -> list[Tensor]:
+    """Every part of `tensor` that may be what the sample at `place` of `count` is; none if no size fits.
 
     A tensor is read in all ways that its sizes allow: samples first; samples folded with something else into the first
     size, on either side; samples second, as in time-major sequences.
@@ -54,11 +54,11 @@ def readings(tensor: Tensor, count: int) -> list[Tensor]:
     found = []
     if tensor.dim() and tensor.shape[0] % count == 0 and tensor.shape[0]:
         block = tensor.shape[0] // count
-        found.append(tensor[:block])
+        found.append(tensor[place * block : (place + 1) * block])
         if block > 1:
-            found.append(tensor[::count])
+            found.append(tensor[place::count])
     if tensor.dim() > 1 and tensor.shape[1] == count:
-        found.append(tensor[:, 0])
+        found.append(tensor[:, place])
     return found
 
 
