@@ -197,3 +197,21 @@ def test_hooks_are_gone_afterwards():
     assert not module._global_forward_pre_hooks
     assert not optimizer._global_optimizer_pre_hooks
     assert not optimizer._global_optimizer_post_hooks
+
+
+@pytest.mark.parametrize("fewest", [0, 9])
+def test_half_a_batch_is_enough_and_what_stops_on_it_is_given_the_whole(fewest):
+    sizes = []
+
+    def sized(output, batch):
+        sizes.append(len(output))
+        assert len(output) > fewest, "this loss knows its batch size"
+        return loss(output, batch)
+
+    model = networks.convolutional(nn.BatchNorm2d)
+    before = snapshot(model)
+    facts = probe.observe(model, [(X, Y)], forward=call, loss=sized, parts={"audit"})
+    assert "audit" not in facts.skipped
+    assert facts.audit.forwards == facts.audit.backwards == 1
+    assert sizes[-2:] == ([8, 16] if fewest else [16, 8])
+    assert snapshot(model) == before

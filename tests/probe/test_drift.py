@@ -7,7 +7,7 @@ from torch import nn
 
 import steadynorm
 from steadynorm import models
-from steadynorm.probe import drift, state
+from steadynorm.probe import drift, observe, state
 from steadynorm.probe.facts import Drift
 from steadynorm.recipe import call
 
@@ -115,3 +115,20 @@ def test_only_the_named_layers_train():
     with drift.training_mode(model, ["0"]):
         assert [module.training for module in model] == [True, False, False]
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("fewest", [1, 64])
+def test_of_many_stale_layers_each_is_judged_on_few_samples_or_on_a_whole_batch(fewest):
+    def loss(output, batch):
+        assert len(output) >= fewest, "this loss knows its batch size"
+        return output.square().mean()
+
+    blocks = [layer for _ in range(14) for layer in (nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2))]
+    batches = [data(64, 2, 5, 5) for _ in range(4)]
+    facts = observe(nn.Sequential(*blocks).eval(), batches, forward=call, loss=loss, parts={"drift"})
+    assert "drift" not in facts.skipped
+    stale = [found.effect for found in facts.drift.values() if found.is_beyond_chance]
+    # Three passes over 256 samples, shared out; whole batches are the least that this loss can judge.
+    assert len(stale) > 12
+    assert {effect.samples for effect in stale} == {64 if fewest == 64 else 3 * 256 // len(stale)}
+    assert facts.drift_together.samples == 256

@@ -88,3 +88,12 @@ def test_an_error_knows_its_module_and_its_cause():
 def test_every_pass_has_the_same_random_numbers():
     model = nn.Dropout().train()
     assert torch.equal(run(model, X, call), run(model, X, call))
+
+
+def test_what_runs_in_inference_mode_is_traced_with_less_known():
+    net = torch.nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)).eval()
+    net.forward = torch.inference_mode()(net.forward)
+    calls, output, _ = trace(net, X, call)
+    assert [c.path for c in calls] == ["0", "1", "2", ""]
+    assert {c.producer for c in calls} == {""}
+    assert output.shape == X.shape

@@ -13,6 +13,8 @@ from steadynorm.probe.training_facts import Axes
 
 # Fewer entries of an axis than this say nothing about it.
 FEWEST_ENTRIES = 4
+# More values than this, of few samples, say nothing new and cost as much as the layers themselves.
+MOST_VALUES = 2**20
 
 
 def axes(module: nn.Module, x: Tensor) -> Axes | None:
@@ -21,7 +23,7 @@ def axes(module: nn.Module, x: Tensor) -> Axes | None:
         return None
     if min(x.shape[1], x.shape[-1]) < FEWEST_ENTRIES or x.shape[0] < FEWEST_ENTRIES:
         return None
-    x = x.detach().double()
+    x = x.detach()[: max(FEWEST_ENTRIES, MOST_VALUES // max(x[0].numel(), 1))].double()
     declared, last = (_share(x, axis) for axis in (1, x.dim() - 1))
     return Axes(*declared, *last)
 

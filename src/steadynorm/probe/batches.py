@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from steadynorm.errors import InputError
 from steadynorm.probe.data import Sketch
 from steadynorm.probe.facts import Batches
-from steadynorm.probe.samples import is_broken_input, map_tensors, sample_count, tensors_in
+from steadynorm.probe.samples import is_broken_input, map_tensors, sample_count, take, tensors_in
 from steadynorm.probe.trace import Forward, inputs_of
 
 Source = Iterable[Any] | Callable[[], Iterable[Any]]
@@ -75,6 +75,18 @@ def iterate(source: Source, what: str) -> Iterable[Any]:
             "a list, a DataLoader, or lambda: my_batches()."
         )
     return made
+
+
+def first_samples(batches: Iterable[Any], forward: Forward, samples: int) -> list[Any]:
+    """The first batches, as many as make up `samples` samples; of the last only those that are needed."""
+    found: list[Any] = []
+    for batch in batches:
+        if samples < 1:
+            break
+        size = sample_count(inputs_of(batch, forward))
+        found.append(batch if size is None or size <= samples else take(batch, list(range(samples))))
+        samples -= size or 1
+    return found
 
 
 def _last_size(source: Source) -> int | None:

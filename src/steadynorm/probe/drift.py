@@ -19,20 +19,23 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from steadynorm import models, moments
+from steadynorm.errors import InputError
 from steadynorm.moments import Moments
 from steadynorm.probe import effects
+from steadynorm.probe.batches import first_samples
 from steadynorm.probe.effects import Task
 from steadynorm.probe.facts import Drift, Effect, Norm, Values
 from steadynorm.probe.samples import sample_count
-from steadynorm.probe.trace import Forward, Watcher, inputs_of, run, watching
+from steadynorm.probe.trace import Forward, ForwardRaised, Watcher, inputs_of, run, watching
 from steadynorm.probe.training_facts import Shared
 from steadynorm.training.layer_inputs import normalized_input, of_rows
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Running mean and variance by path of the layer."""
 
-# All stale layers together get no more passes over the evaluation batches than this: many stale layers, fewer batches.
-EFFECT_PASSES = 8
+# All stale layers together get no more passes over the evaluation batches than this: many stale layers, fewer samples
+# for each, but never fewer than these. What chance does is known from as many as are given here.
+EFFECT_PASSES, FEWEST_SAMPLES, CHANCE_SAMPLES = 3, 16, 128
 
 
 @dataclass
@@ -285,14 +288,19 @@ def effects_of(
     def state(*statistics: Statistics) -> Callable[[], None]:
         return lambda: stored.put(*statistics)
 
-    (chance,) = effects.between(model, batches, forward, [state(halves[0])], state(halves[1]))
+    some = first_samples(batches, forward, CHANCE_SAMPLES)
+    (chance,) = effects.between(model, some, forward, [state(halves[0])], state(halves[1]))
     null = chance.distance
     (together,) = effects.between(model, batches, forward, [state()], state(refreshed), task=task, null=null)
     if len(stale) == 1:
         return {stale[0]: together}, together
-    few = batches[: max(1, EFFECT_PASSES * len(batches) // len(stale))]
+    total = sum(sample_count(inputs_of(batch, forward)) or 1 for batch in batches)
+    few = first_samples(batches, forward, max(FEWEST_SAMPLES, EFFECT_PASSES * total // len(stale)))
     befores = [state(refreshed, stored.without(path)) for path in stale]
-    alone = effects.between(model, few, forward, befores, state(refreshed), task=task, null=null)
+    try:
+        alone = effects.between(model, few, forward, befores, state(refreshed), task=task, null=null)
+    except (InputError, ForwardRaised):  # of a part of a batch; a whole one was seen to run
+        alone = effects.between(model, batches[:1], forward, befores, state(refreshed), task=task, null=null)
     return dict(zip(stale, alone, strict=True)), together
 
 

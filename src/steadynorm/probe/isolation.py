@@ -19,6 +19,7 @@ from steadynorm import models
 from steadynorm.probe import effects
 from steadynorm.probe.facts import Leak
 from steadynorm.probe.samples import (
+    ByTensor,
     join,
     map_tensors,
     readings,
@@ -60,6 +61,8 @@ class _Recorder(Watcher):
         self.records: list[_Record] = []
         self._open: list[_Record] = []
         self._clock = count_up()
+        # What one call gives is given to the next, and by the container that it is in.
+        self._known = ByTensor[list[Tensor]]()
 
     def enter(self, path: str, module: nn.Module, inputs: Any) -> None:
         parent = self._open[-1] if self._open else None
@@ -74,8 +77,15 @@ class _Recorder(Watcher):
         self.records.append(record)
 
     def _read(self, value: Any) -> Readings:
-        # Copies, since later operations in place would change them.
-        return [[part.clone() for part in readings(tensor, self.count, self.place)] for tensor in tensors_in(value)]
+        return [self._copies(tensor) for tensor in tensors_in(value)]
+
+    def _copies(self, tensor: Tensor) -> list[Tensor]:
+        """Copies, since later operations in place would change them; the same ones of what was seen before."""
+        copies = self._known.get(tensor)
+        if copies is None:
+            copies = [part.clone() for part in readings(tensor, self.count, self.place)]
+            self._known.set(tensor, copies)
+        return copies
 
 
 def leaks(

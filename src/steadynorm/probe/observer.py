@@ -1,6 +1,7 @@
 """Looks at one part of a model after the other: what each needs, in which order, and what rests on what."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,11 +28,13 @@ from steadynorm.probe.batches import Source, gather
 from steadynorm.probe.data import Sketch
 from steadynorm.probe.effects import Task
 from steadynorm.probe.facts import AT_REST, PARTS, Drift, Failure, Part
-from steadynorm.probe.samples import sample_count
+from steadynorm.probe.samples import sample_count, take
 from steadynorm.probe.trace import Forward, ForwardRaised, NotPossible, Watcher, inputs_of, trace, watching
 
 # The gap between training and evaluation mode is an average over outputs: it is known well from few batches.
 GAP_SAMPLES = 128
+# A training step is looked at on half a batch, but of a small one, whose halves would have few values per statistic.
+HALVED_FROM = 16
 
 Progress = Callable[[int, int], None]
 """Called with how much is done, and of how much."""
@@ -288,15 +291,25 @@ class Observer:
         self.found["drift"] = found
 
     def _audit(self) -> None:
-        norms = self.found["norms"]
         if not self.there:
             raise NotPossible("every training batch holds one value per statistic")
+        # Half a batch shows the same, and leaves memory for what is held here beside a step. What stops on it is taken
+        # whole.
+        batch, size = self.there[0], self._size(self.there[0])
+        if self.training.step is None and size >= HALVED_FROM:
+            with suppress(NotPossible, ForwardRaised):
+                self._step(take(batch, list(range(size // 2))))
+                return
+            self.put_back()
+        self._step(batch)
+
+    def _step(self, batch: Any) -> None:
         # As a training loop does it; what was set by hand before stays, as it would within an epoch.
         self.model.train()
-        for path, norm in norms.items():
+        for path, norm in self.found["norms"].items():
             if norm.is_undone:
                 self.model.get_submodule(path).eval()
         given, loss = self.training, self.task.loss
         self.found["audit"] = audit.audit(
-            self.model, self.there[0], self.forward, loss=loss, optimizer=given.optimizer, step=given.step
+            self.model, batch, self.forward, loss=loss, optimizer=given.optimizer, step=given.step
         )

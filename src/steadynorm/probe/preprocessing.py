@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from steadynorm import models, moments
 from steadynorm.moments import Moments
 from steadynorm.probe import effects
+from steadynorm.probe.batches import first_samples
 from steadynorm.probe.drift import divergence
 from steadynorm.probe.effects import Task
 from steadynorm.probe.facts import CHANCE_FACTOR, MATERIAL_DIVERGENCE, Call, Correction, Norm
-from steadynorm.probe.samples import map_tensors, sample_count, tensors_in
+from steadynorm.probe.samples import map_tensors, tensors_in
 from steadynorm.probe.trace import Forward, Watcher, inputs_of, run, watching
 from steadynorm.training.layer_inputs import of_rows
 
@@ -63,12 +64,7 @@ def correction(
     norm = norms.get(path)
     if norm is None or not norm.learns or norm.state_fault or len({c.path for c in calls if c.path == path}) != 1:
         return None
-    few, count = [], 0
-    for batch in batches:
-        few.append(batch)
-        count += sample_count(inputs_of(batch, forward)) or 1
-        if count >= SAMPLES:
-            break
+    few = first_samples(batches, forward, SAMPLES)
     first = _first(few[0], forward) if few else None
     if first is None or first.dim() < 2:
         return None

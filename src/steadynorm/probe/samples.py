@@ -1,7 +1,8 @@
 """Samples in whatever a model takes and gives: some of them, two batches of them, what one of them became."""
 
+import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,8 +11,29 @@ from steadynorm.samples import map_tensors as map_tensors
 from steadynorm.samples import sample_count as sample_count
 from steadynorm.samples import tensors_in as tensors_in
 
+Value = TypeVar("Value")
+
 # Keys under which models that take a dictionary expect their target.
 TARGET_KEYS = ("labels", "label", "target", "targets")
+
+
+class ByTensor(Generic[Value]):
+    """Values that belong to tensors: of one that is gone, or that was changed in place since, there is none."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[weakref.ref[Tensor], int, Value]] = {}
+
+    def get(self, tensor: Tensor) -> Value | None:
+        """The value of a tensor, if there is one."""
+        found = self._found.get(id(tensor))
+        # A dead tensor's id is used again; a higher version is an operation in place since then.
+        is_same = found is not None and found[0]() is tensor and found[1] == tensor._version
+        return found[2] if found is not None and is_same else None
+
+    def set(self, tensor: Tensor, value: Value) -> None:
+        """Remember the value of a tensor, as it is now; not of one made in inference mode, which counts no changes."""
+        if not tensor.is_inference():
+            self._found[id(tensor)] = weakref.ref(tensor), tensor._version, value
 
 
 def take(batch: Any, indices: list[int]) -> Any:

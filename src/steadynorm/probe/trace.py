@@ -1,6 +1,5 @@
 """Passes through a model with a watcher at every module: which calls happen, and which tensor comes from where."""
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,7 +12,7 @@ from steadynorm.probe.axes import axes
 from steadynorm.probe.facts import Call
 from steadynorm.probe.hard_coded import BatchNormCalls
 from steadynorm.probe.offsets import offset
-from steadynorm.probe.samples import tensors_in
+from steadynorm.probe.samples import ByTensor, tensors_in
 from steadynorm.probe.training_facts import Axes
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -124,7 +123,7 @@ class _Tracer(Watcher):
         self._producers: list[str] = []
         self._offsets: list[float | None] = []
         self._axes: list[Axes | None] = []
-        self._made: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}
+        self._made = ByTensor[str]()
 
     def enter(self, path: str, module: nn.Module, inputs: Any) -> None:
         given = next(tensors_in(inputs), None)
@@ -155,9 +154,7 @@ class _Tracer(Watcher):
             maker = self._producer(tensor)
             is_handed_on = maker.startswith(f"{path}.") if path else bool(maker)
             if not is_handed_on and not (maker and isinstance(module, nn.Identity)):
-                self._made[id(tensor)] = (weakref.ref(tensor), tensor._version, path)
+                self._made.set(tensor, path)
 
     def _producer(self, tensor: Tensor) -> str:
-        made, version, path = self._made.get(id(tensor), (None, 0, ""))
-        # A dead tensor's id is used again; a higher version is an operation in place since then.
-        return path if made is not None and made() is tensor and tensor._version == version else ""
+        return self._made.get(tensor) or ""

@@ -1,0 +1,173 @@
+"""What the doctor costs on a ResNet-50 at 224 pixels: forward passes over the samples it looks at, and memory.
+
+    python -m benchmarks.doctor [--samples 256] [--batch 32] [--measure memory] [--out FILE]
+
+A forward pass over the samples is timed before and after the doctor, without gradients, and the faster one counts.
+Peaks are those of the resident memory above what the process had with the model made and the first batches read: of the
+doctor, and, in a process of its own, of two training steps (the second has the optimizer's state to hold).
+"""
+
+import argparse
+import ctypes
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from benchmarks.processes import M_MMAP_THRESHOLD, alone, resident
+from steadynorm import doctor, machine
+from steadynorm.lab.store import Store
+from steadynorm.report import Document, Table, terminal
+from steadynorm.training import recalibrate_
+
+KINDS = ("as made", "recalibrated")
+CLASSES = 1000
+
+
+class Classifier(nn.Module):
+    """A ResNet-50 that gives its class scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = ResNetForImageClassification(ResNetConfig(num_labels=CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.net(x).logits
+        return scores
+
+
+def batches(samples: int, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random images, made anew each time, as a loader reads them."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(samples // batch):
+        yield (
+            torch.randn(batch, 3, 224, 224, generator=generator),
+            torch.randint(CLASSES, (batch,), generator=generator),
+        )
+
+
+def loss(output: Tensor, batch: Any) -> Tensor:
+    """Cross entropy."""
+    return nn.functional.cross_entropy(output, batch[1])
+
+
+def optimizer(parameters: Any) -> torch.optim.Optimizer:
+    """That of the training step, too."""
+    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+
+def model_of(kind: str, batch: int) -> nn.Module:
+    """As it is made, all of whose running statistics are stale, or with statistics of its data."""
+    torch.manual_seed(0)
+    model = Classifier()
+    if kind == "recalibrated":
+        recalibrate_(model, list(batches(4 * batch, batch, 1)), method="layer_by_layer")
+    return model.eval()
+
+
+def passes(model: nn.Module, samples: int, batch: int) -> float:
+    """Seconds of a forward pass over the samples that the doctor looks at."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        for x, _ in batches(samples, batch, 0):
+            model(x)
+    return time.perf_counter() - start
+
+
+def diagnose(model: nn.Module, samples: int, batch: int) -> doctor.Diagnosis:
+    """The default doctor, with all that a recipe can give."""
+    return doctor.examine(
+        model,
+        lambda: batches(samples, batch, 0),
+        train_batches=lambda: batches(2 * samples, batch, 1),
+        loss=loss,
+        optimizer=optimizer,
+    )
+
+
+def memory(what: str, samples: int, batch: int) -> dict[str, float]:
+    """By how much the doctor, or training, raises the peak of the resident memory, in bytes."""
+    # Blocks of 1 MiB go back to the system as soon as they are freed: what is resident is what is in use.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    model = model_of("as made", batch)
+    passes(model, 2, 1)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    if what == "doctor":
+        diagnose(model, samples, batch)
+    else:
+        used = optimizer(model.train().parameters())
+        for given in batches(2 * batch, batch, 0):
+            used.zero_grad()
+            loss(model(given[0]), given).backward()
+            used.step()
+    return {"peak": resident("VmHWM") - before}
+
+
+def times(kind: str, samples: int, batch: int) -> dict[str, float]:
+    """Seconds of the doctor, of a forward pass over its samples, and of a look without data."""
+    model = model_of(kind, batch)
+    passes(model, batch, batch)
+    forward = [passes(model, samples, batch)]
+    start = time.perf_counter()
+    found = diagnose(model, samples, batch)
+    seconds = time.perf_counter() - start
+    if found.facts.skipped.keys() - {"ranks"}:
+        raise AssertionError(f"parts were not looked at: {found.facts.skipped}")
+    forward.append(passes(model, samples, batch))
+    start = time.perf_counter()
+    doctor.examine(model)
+    quick = time.perf_counter() - start
+    return {"doctor": seconds, "forward": min(forward), "passes": seconds / min(forward), "quick": quick}
+
+
+def main() -> None:
+    """Read the command line, measure, write the rows, draw the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=machine.core_count())
+    parser.add_argument("--measure", choices=("memory", "times"))
+    parser.add_argument("--of", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latest.jsonl"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    sizes = options.samples, options.batch
+    if options.of:
+        print(json.dumps((memory if options.measure == "memory" else times)(options.of, *sizes)))
+        return
+    common = ["--samples", str(sizes[0]), "--batch", str(sizes[1]), "--threads", str(options.threads)]
+    named = {"benchmark": "doctor", "samples": sizes[0], "batch": sizes[1]}
+    store, blocks = Store(options.out), []
+    if options.measure != "times":
+        peaks = {
+            what: alone("benchmarks.doctor", *common, "--measure", "memory", "--of", what)["peak"]
+            for what in ("training", "doctor")
+        }
+        store.append({**named, "measure": "memory", **peaks, "machine": machine.describe()})
+        lines = tuple((what, f"{peak / 1e6:.0f}") for what, peak in peaks.items())
+        blocks.append(Table("Peak above before", ("what", "MB"), lines))
+    if options.measure != "memory":
+        found = {kind: alone("benchmarks.doctor", *common, "--measure", "times", "--of", kind) for kind in KINDS}
+        for kind, row in found.items():
+            store.append({**named, "measure": "times", "model": kind, **row, "machine": machine.describe()})
+        columns = ("model", "doctor, s", "forward pass, s", "passes", "without data, s")
+        lines = tuple(
+            (k, f"{r['doctor']:.1f}", f"{r['forward']:.1f}", f"{r['passes']:.2f}", f"{r['quick']:.2f}")
+            for k, r in found.items()
+        )
+        blocks.append(Table("Time", columns, lines))
+    summary = f"{sizes[0]} samples, batches of {sizes[1]}, {options.threads} threads."
+    title = "The doctor on a ResNet-50, 224 pixels"
+    terminal.show(Document(title, summary, blocks=tuple(blocks), facts=machine.describe()), Console(width=90))
+
+
+if __name__ == "__main__":
+    main()
