@@ -35,10 +35,12 @@ needs: tuple[Part, ...] = ("audit", "drift")
 
 def check(facts: Facts) -> Iterator[Finding]:
     """One finding for each norm that evaluates while it is trained; or for the model whose state shows that it did."""
+    is_seen = False
     for path, step in (facts.audit.norms if facts.audit else {}).items():
         norm = facts.norms[path]
         if step.trained or not norm.learns or not norm.trains_affine:
             continue
+        is_seen = True
         yield Finding(
             code="SN305",
             severity="error" if norm.has_initial_statistics else "note",
@@ -48,7 +50,8 @@ def check(facts: Facts) -> Iterator[Finding]:
             evidence={"calls in the step": sum(step.calls.values()), "batches tracked": norm.batches_tracked or 0},
             fix=Fix("Call model.train() before training, and eval() nowhere in a forward."),
         )
-    yield from _from_state(facts)
+    if not is_seen:
+        yield from _from_state(facts)
 
 
 def _from_state(facts: Facts) -> Iterator[Finding]:
