@@ -1,8 +1,9 @@
 """A norm's weight and bias that no group of the optimizer holds are never trained.
 
 Why: groups are often made by the type or the name of a layer, and what fits none is left out without a word; or a layer
-was replaced after the optimizer was made, which goes on with the old one's parameters. The layers around it train. A
-head that is trained alone, with nothing of the rest in the optimizer, is no fault.
+was replaced after the optimizer was made, which goes on with the old one's parameters. Either the layers around it
+train; or all of a new head is left out, layers before it train, and the optimizer holds parameters that the model no
+longer has. A head that is trained alone, with nothing of the rest in the optimizer, is no fault.
 
 Bad:
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
 
-needs: tuple[Part, ...] = ("state", "optimizer")
+needs: tuple[Part, ...] = ("state", "optimizer", "forward")
 
 
 def check(facts: Facts) -> Iterator[Finding]:
@@ -39,6 +40,8 @@ def check(facts: Facts) -> Iterator[Finding]:
         if not norm.trains_affine or not left_out:
             continue
         neighbours = _neighbours(path, producers.get(path, set()) - {""}, facts) & held.names
+        if not neighbours and held.foreign:
+            neighbours = _before(path, facts) & held.names
         if not neighbours:
             continue
         yield Finding(
@@ -68,3 +71,11 @@ def _neighbours(path: str, feeding: set[str], facts: Facts) -> set[str]:
     place = next(i for i, name in enumerate(names) if name.rpartition(".")[0] == path)
     others = [(i, name) for i, name in enumerate(names) if name.rpartition(".")[0] not in facts.norms]
     return {name for i, name in [*[o for o in others if o[0] < place][-1:], *[o for o in others if o[0] > place]][:1]}
+
+
+def _before(path: str, facts: Facts) -> set[str]:
+    """Parameters of the layers whose calls end before a norm's first one."""
+    assert facts.held is not None
+    called = [call.path for call in facts.calls]
+    earlier = set(called[: called.index(path)]) if path in called else set()
+    return {name for name in facts.held.trainable if name.rpartition(".")[0] in earlier}
