@@ -17,8 +17,6 @@ from steadynorm.probe.trace import Forward, Watcher, inputs_of, run, watching
 # A bias that matters moves something by a tenth or more when it is moved by a deviation; rounding, by far less.
 DEAD_CHANGE = 1e-2
 DEAD_CHANGE_LOW_PRECISION = 1e-1
-# Calls behind the first layer, in the order of their ends, within which a norm takes out the scale of the input.
-NEAR = 3
 # The samples that a batch needs for its statistics to be more than a coincidence.
 SAMPLES = 16
 
@@ -38,8 +36,8 @@ def values(calls: Sequence[Call], norms: Mapping[str, Norm], samples: int) -> di
 
 
 def bare_layer(model: nn.Module, calls: Sequence[Call], norms: Mapping[str, Norm]) -> str:
-    """The first layer with a matrix of weights, where no norm is before it or among the next few calls; else empty."""
-    for i, call in enumerate(calls):
+    """The first layer with a matrix of weights, where no norm is before it; else empty."""
+    for call in calls:
         if call.path in norms:
             return ""
         module = model.get_submodule(call.path)
@@ -47,7 +45,7 @@ def bare_layer(model: nn.Module, calls: Sequence[Call], norms: Mapping[str, Norm
             return ""
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() > 1:
-            return "" if any(later.path in norms for later in calls[i : i + NEAR]) else call.path
+            return call.path
     return ""
 
 

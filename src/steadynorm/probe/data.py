@@ -23,6 +23,10 @@ FEWEST_BATCHES, MOST_SAMPLES = 15, 2048
 PERMUTATIONS, DEALS_AT_ONCE = 999, 32
 # A feature that varies by less than this is a constant.
 CONSTANT_VARIANCE = 1e-12
+# Deviation beside the largest one from which on a feature is as good as not there for what is being trained.
+DROWNED = 0.01
+# Of more features than these some are looked at, evenly spread.
+MOST_FEATURES = 512
 
 
 @dataclass
@@ -72,10 +76,12 @@ class Sketch:
             return None
         mean, square, low, high = (torch.tensor(column).double() for column in zip(*self.values, strict=True))
         deviation = float((square.mean() - mean.mean() ** 2).clamp(min=0).sqrt())
-        constant = 0
+        constant, drowned = 0, 0.0
         if self.features and sum(map(len, self.features)) > 1:
-            constant = int((torch.cat(self.features).double().var(0) < CONSTANT_VARIANCE).sum())
-        return Inputs(float(mean.mean()), deviation, float(low.min()), float(high.max()), constant)
+            table = torch.cat(self.features).double()
+            constant = int((table.var(0) < CONSTANT_VARIANCE).sum())
+            drowned = _drowned(table[:, :: 1 + table.shape[1] // MOST_FEATURES])
+        return Inputs(float(mean.mean()), deviation, float(low.min()), float(high.max()), constant, drowned)
 
     def likeness(self) -> Likeness | None:
         """How alike the batches are; None where that cannot be said."""
@@ -100,6 +106,15 @@ class Sketch:
             batches=len(batches),
             samples=len(rows),
         )
+
+
+def _drowned(table: Tensor) -> float:
+    """Share of the features of a table that the one of the largest deviation drowns."""
+    # Counts, rare categories and the borders of images hold one value for the most part, and vary little by nature.
+    is_sparse = (table == table.mode(0).values).double().mean(0) > 0.5
+    deviations = table.var(0).sqrt()[~is_sparse]
+    deviations = deviations[deviations.square() >= CONSTANT_VARIANCE]
+    return float((deviations < DROWNED * deviations.max()).double().mean()) if len(deviations) > 1 else 0.0
 
 
 def _ratios(rows: Tensor, owners: Tensor, sizes: Tensor) -> Tensor:

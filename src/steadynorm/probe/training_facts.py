@@ -81,6 +81,8 @@ class Inputs:
     Args:
         mean, deviation, low, high: over all values.
         constant: features of a table, (samples, features), that do not vary.
+        drowned: share of the features of a table, sparse and constant ones apart, that vary less than a hundredth of
+            the one that varies most.
     """
 
     mean: float
@@ -88,6 +90,7 @@ class Inputs:
     low: float
     high: float
     constant: int = 0
+    drowned: float = 0.0
 
 
 @dataclass(frozen=True)
