@@ -252,12 +252,15 @@ def drifts(recalibration: Recalibration, stored: Stored, norms: dict[str, Norm])
         ratio = ((var + eps) / (data[1] + eps)).clamp(min=1e-12)
         farthest = ratio.log().abs().nan_to_num(nan=math.inf).argmax()
         a, b = ((half.mean, half.unbiased_var) for half in halves)
+        residue = norms[path].residue
+        begun = (mean / (1 - residue), (var - residue).clamp(min=0) / (1 - residue))
         found[path] = Drift(
             path=path,
             divergence=divergence((mean, var), data, eps),
             null=divergence(a, b, eps),
             mean_shift=float(((mean - data[0]).abs() / deviation).max()),
             variance_ratio=float(ratio[farthest]),
+            without_beginning=divergence(begun, data, eps) if residue else None,
             stored=_by_channel(mean, var),
             measured=_by_channel(*data),
         )

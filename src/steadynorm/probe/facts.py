@@ -103,6 +103,8 @@ class Norm:
 
 
 HALF = ("bfloat16", "float16")
+# A channel whose input varies by less than this is dead.
+DEAD_VARIANCE = 1e-8
 # Weight of the initial statistics in the running ones from which on they are no statistics of the data.
 MOST_RESIDUE = 0.05
 # A look at the shapes is one forward, at a siamese network two, at a training and a test batch four.
@@ -119,6 +121,8 @@ class Call:
         input_dtype: of the first tensor in.
         axes: how much the entries of the axes of a batch norm's input differ.
         offset: of what a norm is given in half precision: |mean| / deviation of the worst channel.
+        is_training: whether the module was in training mode in this call, though the pass is one of evaluation.
+        drops: whether it was a dropout layer that dropped.
     """
 
     path: str
@@ -129,6 +133,8 @@ class Call:
     input_dtype: str = ""
     offset: float | None = None
     axes: Axes | None = None
+    is_training: bool = False
+    drops: bool = False
 
 
 @dataclass(frozen=True)
@@ -237,6 +243,8 @@ class Drift:
         effect: of this layer's stored statistics alone, all other stale layers recalibrated before and after.
         with_dropout: divergence of the stored statistics from those of the data with dropout switched on; None where
             the model has no dropout, or nothing to explain by it.
+        without_beginning: divergence of the stored statistics less what they still hold of the 0 and 1 that they began
+            with; None where that is not known, or there is nothing to explain by it.
         stored, measured: (mean, variance) of every channel, as stored and of the data.
     """
 
@@ -247,6 +255,7 @@ class Drift:
     variance_ratio: float
     effect: Effect | None = None
     with_dropout: float | None = None
+    without_beginning: float | None = None
     stored: tuple[tuple[float, float], ...] = field(default=(), repr=False)
     measured: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
@@ -254,6 +263,14 @@ class Drift:
     def is_from_dropout(self) -> bool:
         """Whether the statistics are those of the data as dropout changes it."""
         return self.with_dropout is not None and self.with_dropout * DROPOUT_FACTOR <= self.divergence
+
+    @property
+    def is_from_beginning(self) -> bool:
+        """Whether the statistics are those of the data but for what they still hold of their beginning.
+
+        A weight of 0.0002 is much where the variance of 1 that it began with is a million times that of the data.
+        """
+        return self.without_beginning is not None and self.without_beginning * BEGINNING_FACTOR <= self.divergence
 
     @property
     def is_beyond_chance(self) -> bool:
@@ -267,6 +284,8 @@ MATERIAL_DIVERGENCE = 0.01
 CHANCE_FACTOR = 3.0
 # Statistics that were learned with dropout came 18 times nearer and more when it was switched on, stale ones no nearer.
 DROPOUT_FACTOR = 10.0
+# As for dropout. What is stale for another reason is no nearer without its beginning, or farther.
+BEGINNING_FACTOR = 10.0
 
 
 @dataclass(frozen=True)
@@ -341,7 +360,7 @@ class Facts:
         ranks: the processes, where there is a process group or a model that is wrapped for one.
         programs: compiled programs in place of modules.
         correction: what makes the evaluation inputs those that the first norm has learned.
-        bare_layer: the first layer with weights, where no norm is before it or right behind it.
+        bare_layer: the first layer with weights, where no norm is before it.
         inputs, likeness: of the training batches: their scale, and whether they are alike.
         held: how the optimizer holds the parameters.
         audit: one training step.

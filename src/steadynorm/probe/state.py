@@ -7,15 +7,14 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from steadynorm import models
-from steadynorm.probe.facts import Norm
+from steadynorm.probe.facts import DEAD_VARIANCE, Norm
 from steadynorm.probe.training_facts import Ranks
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # Averaging wrappers without a counter: timm's and ema-pytorch's.
 AVERAGES = ("ModelEma", "ModelEmaV2", "ModelEmaV3", "EMA", "ExponentialMovingAverage")
-# A channel is dead if its weight is so much less than the largest one, or if its input varies by less than this.
+# A channel is dead if its weight is so much less than the largest one.
 DEAD_WEIGHT = 1e-4
-DEAD_VARIANCE = 1e-8
 
 
 def look(model: nn.Module) -> dict[str, Norm]:
@@ -54,8 +53,12 @@ def ranks(model: nn.Module) -> Ranks | None:
 
 def dropping(model: nn.Module) -> tuple[str, ...]:
     """Paths of the dropout layers that are in training mode, now that the model is in evaluation mode."""
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, _DropoutNd)]
-    return tuple(path for path, module in found if module.training and module.p > 0)
+    return tuple(path for path, module in model.named_modules() if is_dropping(module))
+
+
+def is_dropping(module: nn.Module) -> bool:
+    """Whether it is a dropout layer in training mode that drops something."""
+    return isinstance(module, _DropoutNd) and module.training and module.p > 0
 
 
 def averaged(model: nn.Module) -> dict[str, str]:

@@ -13,6 +13,7 @@ from steadynorm.probe.facts import Call
 from steadynorm.probe.hard_coded import BatchNormCalls
 from steadynorm.probe.offsets import offset
 from steadynorm.probe.samples import ByTensor, tensors_in
+from steadynorm.probe.state import is_dropping
 from steadynorm.probe.training_facts import Axes
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -146,6 +147,8 @@ class _Tracer(Watcher):
                 input_dtype="" if given is None else str(given.dtype).removeprefix("torch."),
                 offset=self._offsets[depth],
                 axes=self._axes[depth],
+                is_training=module.training,
+                drops=is_dropping(module),
             )
         )
         del self._producers[depth:], self._offsets[depth:], self._axes[depth:]

@@ -2,7 +2,9 @@
 
 Why: after T updates the mean of 0 and the variance of 1 that a layer is made with keep the weight (1 - momentum)^T.
 With a momentum of 0.003 and 120 steps that is 0.70: evaluation uses next to nothing of the data (0.63 instead of 0.98
-on digits). Networks for phones ship with momenta of 0.01 to 0.0003, made for a million steps.
+on digits). Networks for phones ship with momenta of 0.01 to 0.0003, made for a million steps. Where the data varies
+much less than 1 a small rest is enough: after 80 steps at 0.1 it is 0.0002, a hundred times a variance of 2e-6. Then it
+is told by taking the rest out: what is left is what the data has.
 
 Bad:
     batches = [5 + torch.randn(64, 1, 8, 8) for _ in range(4)]
@@ -47,7 +49,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             confidence="proved",
             where=path,
             message=(
-                f"With momentum {norm.momentum:g} and {norm.batches_tracked} updates, {norm.residue:.0%} of the "
+                f"With momentum {norm.momentum:g} and {norm.batches_tracked} updates, {_share(norm.residue)} of the "
                 f"running statistics are still the 0 and 1 that they began with; {in_words(drift.effect)}."
             ),
             evidence={
@@ -56,7 +58,12 @@ def check(facts: Facts) -> Iterator[Finding]:
                 "weight of the beginning": norm.residue,
                 "threshold": MOST_RESIDUE,
                 "divergence": drift.divergence,
+                "divergence without the beginning": drift.without_beginning or 0.0,
                 **as_evidence(drift.effect),
             },
             fix=fix if severity != "note" else Fix("None needed yet: it changes next to nothing."),
         )
+
+
+def _share(residue: float) -> str:
+    return f"{residue:.0%}" if residue >= 0.01 else f"{residue:.1g}"

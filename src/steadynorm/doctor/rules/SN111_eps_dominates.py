@@ -2,7 +2,8 @@
 
 Why: the output's deviation is the root of var / (var + eps), 0.71 where the two are equal and less below. The layer no
 longer normalises those channels: their scale in training follows that of the weights before them. It happens after
-casts, with inputs in other units, and with an eps of 1e-3 from other libraries. Dead channels are left out.
+casts, with inputs in other units, and with an eps of 1e-3 from other libraries. Dead channels are left out. Where the
+data was looked at it is the variance of the data that counts: the stored one may still hold some of its initial 1.
 
 Bad:
     model = nn.Sequential(nn.Conv2d(1, 8, 3, bias=False), nn.BatchNorm2d(8, momentum=0.5))
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
+from steadynorm.probe.facts import DEAD_VARIANCE, Norm
 
 needs: tuple[Part, ...] = ("state",)
 
@@ -33,8 +35,8 @@ SHARE = 0.1
 def check(facts: Facts) -> Iterator[Finding]:
     """One finding for each layer with many such channels."""
     for path, norm in facts.norms.items():
-        channels = norm.channels or 0
-        if not channels or norm.below_eps <= SHARE * channels:
+        channels, below = norm.channels or 0, _below_eps(norm, facts)
+        if not channels or below <= SHARE * channels:
             continue
         yield Finding(
             code="SN111",
@@ -42,9 +44,17 @@ def check(facts: Facts) -> Iterator[Finding]:
             confidence="proved",
             where=path,
             message=(
-                f"{norm.below_eps} of {channels} channels vary less than eps ({norm.eps:g}): their output has less "
+                f"{below} of {channels} channels vary less than eps ({norm.eps:g}): their output has less "
                 "than 0.71 of the deviation that the layer is there to give."
             ),
-            evidence={"channels": norm.below_eps, "share": norm.below_eps / channels, "threshold": SHARE},
+            evidence={"channels": below, "share": below / channels, "threshold": SHARE},
             fix=Fix("Lower eps, or scale the input."),
         )
+
+
+def _below_eps(norm: Norm, facts: Facts) -> int:
+    """Channels that vary less than eps, and more than dead ones: in the data where that is known, else as stored."""
+    drift = facts.drift.get(norm.path)
+    if drift is None or not drift.measured:
+        return norm.below_eps
+    return sum(DEAD_VARIANCE <= var < (norm.eps or 0.0) for _, var in drift.measured)

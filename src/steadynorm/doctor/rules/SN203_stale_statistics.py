@@ -63,7 +63,8 @@ def is_slow(drift: Drift, facts: Facts) -> bool:
     """Whether stale statistics are for a good part those that the layer was made with (SN109)."""
     norm = facts.norms[drift.path]
     known = norm.state_fault or drift.path in facts.averaged or drift.is_from_dropout
-    return not known and drift.is_beyond_chance and norm.residue > MOST_RESIDUE
+    is_begun = norm.residue > MOST_RESIDUE or drift.is_from_beginning
+    return not known and drift.is_beyond_chance and is_begun
 
 
 def _finding(drift: Drift, effect: Effect) -> Finding:

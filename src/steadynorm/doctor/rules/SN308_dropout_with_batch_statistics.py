@@ -2,7 +2,8 @@
 
 Why: sampling with dropout (MC dropout) wants the dropout layers in training mode. Where the whole model is put there,
 batch norm normalises by the batch of the moment: the answer depends on the other samples, a batch of one raises or is
-all bias, and each call moves the running statistics. Seen where `eval()` leaves both in training mode.
+all bias, and each call moves the running statistics. Seen where `eval()` leaves both in training mode, and where a
+forward in evaluation mode puts them there.
 
 Bad:
     class Sampling(nn.Sequential):
@@ -31,25 +32,30 @@ from collections.abc import Iterator
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
 
-needs: tuple[Part, ...] = ("state",)
+needs: tuple[Part, ...] = ("state", "forward")
 
 
 def check(facts: Facts) -> Iterator[Finding]:
-    """One finding for each batch norm that eval() leaves in training mode beside dropout."""
-    if not facts.dropping:
+    """One finding for each batch norm that is in training mode, beside dropout, when the model is evaluated."""
+    dropping = (*facts.dropping, *(call.path for call in facts.calls if call.drops and call.path not in facts.dropping))
+    if not dropping:
         return
+    trained = {call.path for call in facts.calls if call.is_training}
     for path, norm in facts.norms.items():
-        if not norm.trains_in_evaluation:
+        by_forward = norm.learns and path in trained and not norm.trains_in_evaluation
+        if not norm.trains_in_evaluation and not by_forward:
             continue
+        who = "The forward puts" if by_forward else "eval() leaves"
+        where = "into training mode, also in evaluation" if by_forward else "in training mode"
         yield Finding(
             code="SN308",
             severity="error",
             confidence="proved",
             where=path,
             message=(
-                "eval() leaves dropout and this layer in training mode: with dropout sampled at inference, answers "
-                "depend on the other samples of the batch as well, and each one moves the running statistics."
+                f"{who} dropout and this layer {where}: with dropout sampled at inference, answers depend on the other "
+                "samples of the batch as well, and each one moves the running statistics."
             ),
-            evidence={"dropout layers in training mode": len(facts.dropping), "first": facts.dropping[0]},
+            evidence={"dropout layers in training mode": len(set(dropping)), "first": dropping[0]},
             fix=Fix("Put the dropout layers alone into training mode after model.eval()."),
         )
