@@ -182,6 +182,101 @@ def test_a_norm_that_replaced_another_after_the_optimizer_was_made_is_left_out()
     assert found.evidence["parameters of the optimizer that the model does not have"] == 2
 
 
+@pytest.mark.parametrize(("old_is_held", "expected"), [(True, ["2.1"]), (False, [])])
+def test_a_head_that_came_after_the_optimizer_is_left_out(old_is_held, expected):
+    head, old = (nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)) for _ in range(2))
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), head)
+    held = [*model[0].parameters(), *(old.parameters() if old_is_held else ())]
+    found = doctor.examine(model, images(), select=["SN702"], optimizer=torch.optim.SGD(held, lr=0.1)).findings
+    assert [f.where for f in found] == expected
+
+
+def test_a_body_before_a_head_of_its_own_optimizer_is_no_fault():
+    """The optimizer holds the head, and something that the model does not have, such as weights of the loss."""
+    model = nn.Sequential(*conv_and(nn.BatchNorm2d(8)), nn.Flatten(), nn.Linear(288, 4))
+    optimizer = torch.optim.SGD([*model[3].parameters(), nn.Parameter(torch.ones(2))], lr=0.1)
+    assert doctor.examine(model, images(), select=["SN702"], optimizer=optimizer).findings == ()
+
+
+def test_a_small_rest_of_the_beginning_is_much_beside_data_that_hardly_varies():
+    """After 80 steps 0.0002 of the variance of 1 are left; that of the data is 1e-6."""
+    model, batches = nn.Sequential(*conv_and(nn.BatchNorm2d(8)), nn.ReLU()), [1e-3 * x for x in images()]
+    nn.init.uniform_(model[1].bias)
+    for x in batches * 20:
+        model(x)
+    result = doctor.examine(model, batches, select=["SN109", "SN111", "SN203"])
+    assert {(f.code, f.where) for f in result.findings} == {("SN109", "1"), ("SN111", "1")}
+    assert result.facts.norms["1"].below_eps == 0  # as stored
+
+
+class Sampling(nn.Sequential):
+    """Draws with dropout in evaluation, by all of itself or by its dropout."""
+
+    def __init__(self, is_whole):
+        super().__init__(*dense_and(nn.BatchNorm1d(8)), nn.Dropout(), nn.Linear(8, 4))
+        self.is_whole = is_whole
+
+    def forward(self, x):
+        was = self.training
+        (self if self.is_whole else self[3]).train()
+        try:
+            return super().forward(x)
+        finally:
+            self.train(was)
+
+
+def test_dropout_is_drawn_by_a_forward_that_trains():
+    def found(model):
+        return [(f.where, f.severity) for f in doctor.examine(model, images(), select=["SN308"]).findings]
+
+    assert found(Sampling(is_whole=True)) == [("2", "error")]
+    assert found(Sampling(is_whole=False)) == []
+
+
+def test_training_in_evaluation_mode_is_said_once_for_each_layer():
+    """The step shows it, and so does the state: trained weights that fit statistics that never moved."""
+    torch.manual_seed(0)
+    x = images()
+    batches = [(one, 3 * one.mean((1, 2, 3))[:, None]) for one in x]
+    model = nn.Sequential(*conv_and(nn.BatchNorm2d(8)), nn.Flatten(), nn.Linear(288, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def loss(output, batch):
+        return (output - batch[1]).square().mean()
+
+    def step(model, batch):
+        model.eval()
+        optimizer.zero_grad()
+        loss(model(batch[0]), batch).backward()
+        optimizer.step()
+
+    for batch in batches * 20:
+        step(model, batch)
+    given = {"train_batches": batches, "loss": loss, "optimizer": optimizer, "select": ["SN305"]}
+    assert [f.where for f in doctor.examine(model, batches, step=step, **given).findings] == ["1"]
+    assert [f.where for f in doctor.examine(model, batches, **given).findings] == [""]  # the step is not known
+
+
+@pytest.mark.parametrize("behind", [nn.Identity(), nn.LayerNorm(8)])
+def test_features_in_units_of_their_own_drown_each_other(behind):
+    def found(scales, first=None):
+        model = nn.Sequential(first or nn.Identity(), nn.Linear(6, 8), behind, nn.ReLU(), nn.Linear(8, 2))
+        x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor(scales)
+        batches = list(x.split(16))
+        return [f.where for f in doctor.examine(model, batches, train_batches=batches, select=["SN406"]).findings]
+
+    assert found([5.0, 0.01, 0.02, 0.03, 1.0, 1.0]) == ["1"]
+    assert found([5.0, 0.01, 0.02, 0.03, 1.0, 1.0], nn.BatchNorm1d(6)) == []
+    assert found([5.0, 0.1, 0.2, 0.3, 1.0, 1.0]) == []
+
+
+def test_a_column_for_each_category_is_not_too_small():
+    letters = torch.randint(0, 200, (64,), generator=torch.Generator().manual_seed(0))
+    batches = list(nn.functional.one_hot(letters, 200).float().split(16))
+    model = nn.Sequential(nn.Linear(200, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert doctor.examine(model, batches, train_batches=batches, select=["SN406"]).findings == ()
+
+
 @pytest.mark.parametrize("wrong", ["sgd", lambda parameters: None, lambda: None])
 def test_what_is_no_optimizer_is_refused(wrong):
     with pytest.raises(InputError, match="expected an optimizer of torch"):
