@@ -10,16 +10,11 @@ import steadynorm
 from steadynorm.training import AveragedModel, freeze_
 from tests.doctor.heldout import data
 from tests.doctor.heldout.held import Subject, control, fit
-from tests.doctor.heldout.images import Grouped, how_much, segmenter, stage
-from tests.doctor.heldout.sequences import (
-    LANGUAGE,
-    Language,
-    Reader,
-    Reader1d,
-    is_prose,
-    text,
-)
+from tests.doctor.heldout.images import Grouped, how_much
+from tests.doctor.heldout.segmentation import segmenter, stage
+from tests.doctor.heldout.series import Reader1d
 from tests.doctor.heldout.tables import GROWERS, REGRESSION, TUMOURS, accuracy, classes, regressor, subject
+from tests.doctor.heldout.text import LANGUAGE, Language, Reader, is_prose, text
 
 
 @control("one malignant tumour in twenty")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from steadynorm import doctor, recipe
 
 Pairs = frozenset[tuple[str, str]]
+Found = set[tuple[str, str]]
 
 
 @dataclass
@@ -43,10 +44,18 @@ class Held:
         given = {key: getattr(subject, key) for key in ("loss", "metrics", "optimizer", "step", "select")}
         return doctor.examine(subject.model, subject.batches, train_batches=subject.train_batches, **given)
 
-    def found(self, diagnosis: doctor.Diagnosis) -> set[tuple[str, str]]:
-        """What the diagnosis says above a note; of the codes that are looked for, notes too where a note will do."""
-        codes = {code for code, _ in self.expected} if self.notes else set()
-        return {(f.code, f.where) for f in diagnosis.findings if f.severity != "note" or f.code in codes}
+    def found(self, diagnosis: doctor.Diagnosis, with_notes: bool = False) -> Found:
+        """What the diagnosis says above a note; of the codes that are looked for, notes too where a note will do.
+
+        Args:
+            with_notes: let notes of those codes, at the expected places, count in any case.
+        """
+        above = {(f.code, f.where) for f in diagnosis.findings if f.severity != "note"}
+        noted = {(f.code, f.where) for f in diagnosis.findings if f.severity == "note"}
+        if self.notes:
+            codes = {code for code, _ in self.expected}
+            return above | {pair for pair in noted if pair[0] in codes}
+        return above | (noted & self.expected if with_notes else set())
 
 
 FAULTS: list[Held] = []

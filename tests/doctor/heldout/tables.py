@@ -72,7 +72,7 @@ def a_row_left_over(is_faulty):
     return subject(model, (train, test), TUMOURS, size=16, drop_last=not is_faulty)
 
 
-@planted("four patients a batch", *at("SN102", "1", "4"))
+@planted("four patients a batch", ("SN102", "1"))
 def four_patients_a_batch(is_faulty):
     model = regressor()
     return subject(
@@ -80,7 +80,7 @@ def four_patients_a_batch(is_faulty):
     )
 
 
-@planted("two rows left over", *at("SN402", "1", "4"))
+@planted("two rows left over", ("SN402", "1"))
 def two_rows_left_over(is_faulty):
     train, test = data.halves(*data.cancer())
     train = [t[: 24 * 14 + 2] for t in train]
@@ -179,7 +179,7 @@ def years_in_bfloat16(is_faulty):
     return subject(model, data.halves(x, y.bfloat16()), REGRESSION)
 
 
-@planted("measured in metres", ("SN111", "0"), notes=True)
+@planted("measured in metres", ("SN111", "0"), also=[("SN109", "0")], notes=True)
 def measured_in_metres(is_faulty):
     x, y = data.diabetes()
     model = nn.Sequential(nn.BatchNorm1d(10), nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 1))
