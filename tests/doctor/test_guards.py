@@ -1,6 +1,7 @@
 """What keeps a rule silent, or makes a note of it: one guard at a time."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,10 @@ from torch import nn
 
 import steadynorm
 from steadynorm import doctor
+from steadynorm.doctor.evidence import judged
 from steadynorm.errors import InputError
+from steadynorm.probe import Facts
+from steadynorm.probe.facts import Drift, Effect
 from tests.doctor.networks import NeverEvaluates, mlp
 
 
@@ -255,6 +259,19 @@ def test_training_in_evaluation_mode_is_said_once_for_each_layer():
     given = {"train_batches": batches, "loss": loss, "optimizer": optimizer, "select": ["SN305"]}
     assert [f.where for f in doctor.examine(model, batches, step=step, **given).findings] == ["1"]
     assert [f.where for f in doctor.examine(model, batches, **given).findings] == [""]  # the step is not known
+
+
+def test_layers_that_are_stale_for_one_reason_are_judged_together():
+    def effect(before):
+        return Effect(samples=64, distance=before, relative_square=before, null=0.01, loss=(1 + before, 1.0))
+
+    drifts = {path: Drift(path, 1.0, 0.001, 0.0, 2.0, effect=effect(0.01)) for path in ("a", "b")}
+    facts = Facts(drift=drifts, drift_together=effect(0.5))
+    assert judged(effect(0.01), facts, ["a", "b"])[0] == "warning"
+    assert judged(effect(0.5), facts, ["a", "b"])[0] == "error"
+    assert judged(effect(0.01), facts, ["a"])[0] == "note"  # the other one may be all there is to it
+    assert judged(effect(0.01), replace(facts, drift_together=effect(0.01)), ["a", "b"])[0] == "note"
+    assert judged(effect(0.01), Facts(drift={"a": drifts["a"]}, drift_together=effect(0.5)), ["a"])[0] == "note"
 
 
 @pytest.mark.parametrize("behind", [nn.Identity(), nn.LayerNorm(8)])

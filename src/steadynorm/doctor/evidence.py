@@ -1,6 +1,9 @@
 """What was measured, by name and in words."""
 
+from collections.abc import Collection
+
 from steadynorm.doctor.finding import Severity
+from steadynorm.probe import Facts
 from steadynorm.probe.facts import Effect
 
 # Change of the output, in what chance alone does. Over 48 conditions of two networks, 2.5 found 34 of the 35 in which
@@ -78,3 +81,19 @@ def severity_of(effect: Effect) -> Severity:
     if ratio >= ERROR_RATIO and (changed >= ERROR_CHANGED or (gain or 0.0) >= ERROR_GAIN):
         return "error"
     return "warning" if changed >= WARNING_CHANGED or (gain or 0.0) >= WARNING_GAIN else "note"
+
+
+def judged(effect: Effect, facts: Facts, paths: Collection[str]) -> tuple[Severity, str]:
+    """How bad it is that one of the layers `paths` is stale, all for one reason, and what it means in words.
+
+    Alone each may change next to nothing, and mended alone it leaves the model as bad as it was: where no layer is
+    stale for another reason, and all together are worth a warning, each of them is.
+    """
+    severity, words = severity_of(effect), in_words(effect)
+    stale = {drift.path for drift in facts.drift.values() if drift.is_beyond_chance}
+    together = facts.drift_together
+    if severity != "note" or len(stale) < 2 or not stale <= set(paths) or together is None:
+        return severity, words
+    if severity_of(together) == "note":
+        return severity, words
+    return "warning", in_words(together, f"with recalibrated ones in all {len(stale)} such layers")

@@ -26,7 +26,7 @@ Source: Wu & Johnson, Rethinking "Batch" in BatchNorm, arXiv 2105.07576, section
 from collections.abc import Iterator
 
 from steadynorm.doctor import fixes
-from steadynorm.doctor.evidence import as_evidence, in_words, severity_of
+from steadynorm.doctor.evidence import as_evidence, judged
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.doctor.rules.SN203_stale_statistics import is_slow
 from steadynorm.probe import Facts, Part
@@ -37,11 +37,12 @@ needs: tuple[Part, ...] = ("drift",)
 
 def check(facts: Facts) -> Iterator[Finding]:
     """One finding for each norm whose stale statistics are for the most part what it was made with."""
+    slow = [path for path, drift in facts.drift.items() if is_slow(drift, facts)]
     for path, drift in facts.drift.items():
-        if drift.effect is None or facts.is_fresh or not is_slow(drift, facts):
+        if drift.effect is None or facts.is_fresh or path not in slow:
             continue
         norm = facts.norms[path]
-        severity = severity_of(drift.effect)
+        severity, words = judged(drift.effect, facts, slow)
         fix = Fix("Recalibrate the statistics from the data.", True, fixes.recalibrate_, (path,))
         yield Finding(
             code="SN109",
@@ -50,7 +51,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             where=path,
             message=(
                 f"With momentum {norm.momentum:g} and {norm.batches_tracked} updates, {_share(norm.residue)} of the "
-                f"running statistics are still the 0 and 1 that they began with; {in_words(drift.effect)}."
+                f"running statistics are still the 0 and 1 that they began with; {words}."
             ),
             evidence={
                 "momentum": norm.momentum or 0.0,

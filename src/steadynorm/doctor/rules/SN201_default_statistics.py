@@ -2,7 +2,8 @@
 
 Why: weights were trained against the statistics of batches, and evaluation divides by 1 instead. Buffers are lost where
 a checkpoint keeps `parameters()` only or is loaded with `strict=False`, or where weights alone are averaged.
-What it costs is measured by exchanging the statistics of the layer for those of the data.
+What it costs is measured by exchanging the statistics of the layer for those of the data. Several layers that lost
+theirs are one fault: where they are felt together, each is at least a warning.
 
 Bad:
     batches = [torch.randn(64, 1, 8, 8) for _ in range(4)]
@@ -22,7 +23,7 @@ Source: https://github.com/cleinc/bts/issues/90
 from collections.abc import Iterator
 
 from steadynorm.doctor import fixes
-from steadynorm.doctor.evidence import as_evidence, in_words, severity_of
+from steadynorm.doctor.evidence import as_evidence, judged
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
 
@@ -33,6 +34,7 @@ def check(facts: Facts) -> Iterator[Finding]:
     """One finding for each layer of a trained model that has what it was made with, and data that differs from it."""
     if facts.is_fresh or facts.was_trained_evaluating:
         return
+    lost = [path for path, norm in facts.norms.items() if norm.state_fault == "default"]
     for path, drift in facts.drift.items():
         norm = facts.norms[path]
         step = facts.audit.norms.get(path) if facts.audit else None
@@ -46,7 +48,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             or drift.effect is None
         ):
             continue
-        severity = severity_of(drift.effect)
+        severity, words = judged(drift.effect, facts, lost)
         fix = Fix("Recalibrate the statistics from the data.", True, fixes.recalibrate_, (path,))
         if severity == "note":
             fix = Fix("Load the buffers of the checkpoint, or recalibrate: so far it changes next to nothing.")
@@ -60,7 +62,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             where=path,
             message=(
                 "The model is trained, but the running statistics of this layer are those that it was made with; "
-                f"{in_words(drift.effect)}."
+                f"{words}."
             ),
             evidence={**evidence, **as_evidence(drift.effect)},
             fix=fix,

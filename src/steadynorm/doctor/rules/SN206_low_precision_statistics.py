@@ -28,7 +28,7 @@ Source: Micikevicius et al., Mixed Precision Training, arXiv 1710.03740, section
 from collections.abc import Iterator
 
 from steadynorm.doctor import fixes
-from steadynorm.doctor.evidence import as_evidence, in_words, severity_of
+from steadynorm.doctor.evidence import as_evidence, judged
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
 from steadynorm.probe.facts import Norm
@@ -42,6 +42,7 @@ ROUNDING = {"bfloat16": 2.0**-9, "float16": 2.0**-12}
 def check(facts: Facts) -> Iterator[Finding]:
     """One finding for each such layer that has drifted, and one note for all others that would move in training."""
     quiet: list[Norm] = []
+    low = [path for path, norm in facts.norms.items() if norm.state_fault == "half"]
     for path, norm in facts.norms.items():
         if norm.statistics_dtype not in ROUNDING or not norm.learns:
             continue
@@ -51,12 +52,13 @@ def check(facts: Facts) -> Iterator[Finding]:
         if facts.is_fresh or drift is None or drift.effect is None or not drift.is_beyond_chance:
             quiet.append(norm)
             continue
+        severity, words = judged(drift.effect, facts, low)
         yield Finding(
             code="SN206",
-            severity=severity_of(drift.effect),
+            severity=severity,
             confidence="measured",
             where=path,
-            message=f"The running statistics are {norm.statistics_dtype}{_stall(norm)}; {in_words(drift.effect)}.",
+            message=f"The running statistics are {norm.statistics_dtype}{_stall(norm)}; {words}.",
             evidence={**_evidence(norm), "divergence": drift.divergence, **as_evidence(drift.effect)},
             fix=Fix(
                 "Keep the layer in float32 and recalibrate its statistics from the data.", True, fixes.widen_, (path,)
