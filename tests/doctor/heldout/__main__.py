@@ -56,9 +56,8 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def main(part: str) -> None:
-    """Print the tables of the cases whose names hold `part`, with everything that is said if it is not empty."""
-    faults, healthy = ([case for case in cases if part in case.name] for cases in (FAULTS, HEALTHY))
+def tables(faults: list[Held], healthy: list[Held], in_full: bool) -> None:
+    """Print the tables of these cases, with everything that is said if `in_full`."""
     say("| fault | expected | found | verdict | twin | seconds |\n|---|---|---|---|---|---|")
     verdicts, noted, twins, times = [], [], [], []
     for case in faults:
@@ -69,7 +68,7 @@ def main(part: str) -> None:
         times += [row.seconds, twin.seconds]
         cells = [case.name, of(case.expected), of(row.found), verdicts[-1], of(twin.found), f"{row.seconds:.1f}"]
         say(f"| {' | '.join(cells)} |")
-        if part:
+        if in_full:
             say("\n".join(["with the fault:", *row.said, "without:", *twin.said]))
     say("\n| healthy | false alarms | seconds |\n|---|---|---|")
     controls = []
@@ -77,7 +76,7 @@ def main(part: str) -> None:
         row = look(case, False)
         controls.append(row.found)
         times.append(row.seconds)
-        say("\n".join([f"| {case.name} | {of(row.found)} | {row.seconds:.1f} |", *(row.said if part else [])]))
+        say("\n".join([f"| {case.name} | {of(row.found)} | {row.seconds:.1f} |", *(row.said if in_full else [])]))
     exact, with_notes = verdicts.count("right"), noted.count("right")
     say("\n| what | number |\n|---|---|")
     say(f"| faults whose codes are all found | {sum('missed' not in v for v in verdicts)} of {len(faults)} |")
@@ -87,6 +86,17 @@ def main(part: str) -> None:
     say(f"| healthy controls with a finding above a note | {sum(map(bool, controls))} of {len(healthy)} |")
     if times:
         say(f"| seconds for one model, training included, median | {sorted(times)[len(times) // 2]:.1f} |")
+
+
+def main(part: str) -> None:
+    """Both sets, as far as `part` is in the name of a case; with everything that is said if it is not empty."""
+    for is_second in (False, True):
+        faults, healthy = (
+            [case for case in cases if part in case.name and case.is_second == is_second] for cases in (FAULTS, HEALTHY)
+        )
+        if faults or healthy:
+            say(f"\n{'Second' if is_second else 'First'} set\n")
+            tables(faults, healthy, in_full=bool(part))
 
 
 if __name__ == "__main__":

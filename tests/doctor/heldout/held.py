@@ -37,6 +37,11 @@ class Held:
     also: Pairs = frozenset()
     notes: bool = False
 
+    @property
+    def is_second(self) -> bool:
+        """Whether it is of the second set."""
+        return ".second" in self.build.__module__
+
     def examined(self, is_faulty: bool = True) -> doctor.Diagnosis:
         """The diagnosis of the model with its fault, or without."""
         with recipe.seeded(0):

@@ -45,7 +45,8 @@ def subject(model, split, task, *, size=32, steps=80, lr=5e-3, optimizer=torch.o
     train_batches = data.loader(train, size, **how)
     maker = optimizer(model.parameters(), lr=lr)
     if steps:
-        fit(model, data.loader(train, size), task["loss"], maker, steps)
+        is_sorted = how.get("shuffle") is False
+        fit(model, train_batches if is_sorted else data.loader(train, size), task["loss"], maker, steps)
     return Subject(model, data.loader(test, 64, shuffle=False, drop_last=False), train_batches, optimizer=maker, **task)
 
 
