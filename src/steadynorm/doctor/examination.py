@@ -46,6 +46,7 @@ def examine(
     metrics: Metrics | None = None,
     optimizer: Optimizers | None = None,
     step: Step | None = None,
+    across_ranks: bool = False,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
     on_progress: Progress | None = None,
@@ -62,6 +63,8 @@ def examine(
         optimizer: over the model's parameters, or a function that makes one from those that take a gradient.
         step: (model, batch), a training step of your own, looked at in place of forward, loss, backward and optimizer.
             The model, other networks and the optimizers that it calls are put back; what else it counts is not.
+        across_ranks: every process of torch.distributed calls this, with its own copy of the model: their running
+            statistics are compared. Where only one calls it, it waits for the others until the group's timeout.
         select: codes, or beginnings of codes, of the rules to check; none is all but those that are off by default.
         ignore: codes, or beginnings of codes, of rules to leave out.
         on_progress: called with how much is done, and of how much.
@@ -80,6 +83,7 @@ def examine(
         metrics=metrics,
         optimizer=optimizer,
         step=step,
+        across_ranks=across_ranks,
         parts=needed if batches is not None else needed & AT_REST,
         on_progress=on_progress,
     )

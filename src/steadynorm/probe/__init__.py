@@ -48,6 +48,7 @@ def observe(
     metrics: Metrics | None = None,
     optimizer: Optimizers | None = None,
     step: Step | None = None,
+    across_ranks: bool = False,
     parts: Collection[Part] = PARTS,
     samples: int = SAMPLES,
     on_progress: Progress | None = None,
@@ -64,19 +65,22 @@ def observe(
         loss, metrics: (output, batch) to a scalar; to {name: number}, of which the first counts.
         optimizer: over the model's parameters, or a function that makes one from those that take a gradient.
         step: (model, batch), a training step of the user's own, in place of forward, loss, backward and optimizer.
+        across_ranks: every process of the group does this, with the same model: running statistics are compared.
         parts: which parts to look at.
         samples: how many of each split go through the model.
 
     Raises:
-        InputError: there is no batch, the model has parameters without values, loss or metrics cannot be computed, or
-            `optimizer` is none.
+        InputError: there is no batch, the model has parameters without values, loss or metrics cannot be computed,
+            `optimizer` is none, or there are no processes to compare.
+        DistributedError: another process is gone.
     """
     if missing := models.unmade_parts(model):
         raise InputError(
             f"the model has parameters without values ({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): "
             "move it off the meta device, or run a batch through its lazy layers first."
         )
-    training = Training(None if optimizer is None else made(optimizer, model), step, is_known=optimizer is not None)
+    made_of = None if optimizer is None else made(optimizer, model)
+    training = Training(made_of, step, is_known=optimizer is not None, across_ranks=across_ranks)
     sources = [s for s in (batches, train_batches) if s is not None]
     generators = [g for s in sources if isinstance(g := getattr(s, "generator", None), torch.Generator)]
     with models.undisturbed(model, *generators):

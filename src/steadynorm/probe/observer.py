@@ -20,6 +20,7 @@ from steadynorm.probe import (
     padding,
     preprocessing,
     programs,
+    ranks,
     spectral,
     state,
 )
@@ -74,11 +75,17 @@ def stages(parts: Collection[Part], has_train_batches: bool) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Training:
-    """How the model is trained, as far as that is known; `is_known`: an optimizer was given, if only for nothing."""
+    """How the model is trained, as far as that is known.
+
+    Args:
+        is_known: an optimizer was given, if only for nothing.
+        across_ranks: every process of the training is here.
+    """
 
     optimizer: Optimizer | None = None
     step: Step | None = None
     is_known: bool = False
+    across_ranks: bool = False
 
 
 class Observer:
@@ -207,7 +214,7 @@ class Observer:
         self.found["norms"] = state.look(self.model)
         self.found["rescaled"] = spectral.rescaled(self.model)
         self.found["averaged"] = state.averaged(self.model)
-        self.found["ranks"] = state.ranks(self.model)
+        self.found["ranks"] = ranks.ranks(self.model, self.training.across_ranks)
         self.found["dropping"] = state.dropping(self.model)
         self.found["frozen_layers"] = state.frozen_layers(self.model)
         self.found["spectral"] = spectral.vectors(self.model)

@@ -8,7 +8,6 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from steadynorm import models
 from steadynorm.probe.facts import DEAD_VARIANCE, Norm
-from steadynorm.probe.training_facts import Ranks
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # Averaging wrappers without a counter: timm's and ema-pytorch's.
@@ -37,18 +36,6 @@ def frozen_layers(model: nn.Module) -> frozenset[str]:
         if gradients and not any(gradients):
             frozen.add(path)
     return frozenset() if "" in frozen else frozenset(frozen)
-
-
-def ranks(model: nn.Module) -> Ranks | None:
-    """The process group and how the model is wrapped for it; None where there is neither."""
-    wrapped = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
-    is_on = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if not wrapped and not is_on:
-        return None
-    # The first is the name from torch 2.13 on.
-    names = ("forward_sync_buffers", "broadcast_buffers")
-    apart = any(getattr(wrapper, name, True) is False for wrapper in wrapped for name in names)
-    return Ranks(torch.distributed.get_world_size() if is_on else 1, apart)
 
 
 def dropping(model: nn.Module) -> tuple[str, ...]:

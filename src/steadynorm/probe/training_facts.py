@@ -186,10 +186,13 @@ class Ranks:
     Args:
         processes: how many there are.
         keeps_buffers_apart: whether a DistributedDataParallel was told not to broadcast buffers.
+        apart: by path, the largest divergence of the running statistics of a process from those of the first; None
+            where they were not compared.
     """
 
     processes: int
     keeps_buffers_apart: bool = False
+    apart: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
