@@ -89,6 +89,29 @@ def test_a_maximum_is_found_though_the_first_sample_holds_it():
     assert places(nn.Sequential(nn.ReLU(), Through(lambda x: x / x.amax())), x) == ["1"]
 
 
+def test_places_that_are_given_in_order_are_found_though_the_last_sample_never_gets_one():
+    x = X.abs()
+    x[0] = -x[0]  # leaves the only place to the second sample
+    model = nn.Sequential(nn.Flatten(), Through(lambda x: x * ((x[:, :1] > 0).cumsum(0) <= 1)))
+    assert places(model, x) == ["1"]
+
+
+def test_a_leak_behind_weights_that_begin_at_zero_is_found_and_the_weights_are_put_back():
+    class Branch(nn.Module):
+        def __init__(self, axis):
+            super().__init__()
+            self.scale, self.axis = nn.Parameter(-torch.zeros(3, 4)), axis
+
+        def forward(self, x):
+            return x + self.scale * nn.functional.normalize(x, dim=self.axis)
+
+    model = nn.Sequential(nn.ReLU(), Branch(0), Branch(2))
+    (leak,) = leaks(model.eval(), [X], call)
+    assert (leak.path, leak.output_change) == ("1", 0)
+    assert all(bool((p == 0).all() and p.signbit().all()) for p in model.parameters())
+    assert places(nn.Sequential(Branch(2), Branch(1)), X) == []
+
+
 def test_single_samples_are_joined():
     batches = list(torch.randn(3, 1, 3, 4))
     assert [leak.path for leak in leaks(net(lambda x: x - x.mean(0)).eval(), batches, call)] == ["2"]

@@ -101,3 +101,4 @@ def test_relative_difference():
     assert samples.relative_difference(a, torch.tensor([2.0, -4.0, torch.nan])) == 0.25
     assert samples.relative_difference(a, torch.tensor([1.0, -4.0, 0.0])) == torch.inf
     assert samples.relative_difference(torch.tensor([1]), torch.tensor([2])) == 1
+    assert samples.relative_difference(torch.zeros(2), torch.tensor([0.0, 3.0])) == 1

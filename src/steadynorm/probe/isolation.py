@@ -3,11 +3,13 @@
 One sample stays, its mates are swapped for others, the shape of the batch stays the same. On one shape a sample that
 stands alone gives the same bits (60 architectures, float32 and bfloat16: not one bit differed), which comparing two
 batch sizes would not. The output alone is not enough: a residual branch that starts at zero hides what happens in it.
-And one place is not enough: a recurrence over the samples leaves the first as it is, a maximum the one that holds it.
-So the first sample of a group stays once, and once the last.
+And one place is not enough: a recurrence over the samples leaves the first as it is, a maximum the one that holds it,
+places that are given in order the first and, once they are taken, the last. So the first sample of a group stays once,
+once the last, and where nothing is found the second; and then once more with ones in place of weights that are zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count as count_up
 from typing import Any
@@ -37,6 +39,9 @@ GROUP = 5
 FLOOR_FACTOR = 10.0
 # Below this a difference is rounding of float64 sums, not a leak.
 SMALLEST_CHANGE = 1e-7
+
+# Places of a group at which a sample stays while its mates are swapped.
+FIRST, SECOND, LAST = 0, 1, -1
 
 Readings = list[list[Tensor]]
 
@@ -104,7 +109,13 @@ def leaks(
     Raises:
         NotPossible: the samples cannot be told apart, or the model takes another way for other data.
     """
-    looks = [_look(model, batches, forward, is_last) for is_last in (False, True)]
+    looks = _looks(model, batches, forward, (FIRST, LAST))
+    if not any(look.sources for look in looks):
+        looks += _looks(model, batches, forward, (SECOND,), is_needed=False)
+    hidden = max(look.hidden for look in looks)
+    if not any(look.sources for look in looks) and (zeros := _zeros(model)):
+        with _as_ones(zeros):
+            looks = _looks(model, batches, forward, (FIRST, LAST), is_needed=False)
     found: dict[str, tuple[_Record, float]] = {}
     for look in looks:
         for i, change in sorted(look.sources.items()):
@@ -112,14 +123,14 @@ def leaks(
             found[record.path] = record, max(change, found.get(record.path, (record, 0.0))[1])
     if not found:
         return ()
-    tainted = {path for look in looks if look.sources for path in _tainted(model, look, forward)}
+    tainted = {path for look in looks for path in look.tainted}
     effect = effects.of_mates(model, batches, forward, task)
     return tuple(
         Leak(
             path=path,
             class_name=record.class_name,
             change=change,
-            output_change=max(look.hidden for look in looks),
+            output_change=hidden,
             is_confirmed=path in tainted,
             effect=effect,
             recalibrated=recalibrated,
@@ -129,9 +140,33 @@ def leaks(
     )
 
 
+def _zeros(model: nn.Module) -> list[Tensor]:
+    """The parameters that are zero throughout. Those of another class, as quantised ones, are let be."""
+    plain = (parameter for parameter in model.parameters() if type(parameter) is nn.Parameter)
+    return [p for p in plain if p.is_floating_point() and p.numel() and not p.any()]
+
+
+@contextmanager
+def _as_ones(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Ones in parameters: what a branch that begins at zero would let through."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.fill_(1)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
+
+
 @dataclass
 class _Look:
-    """A sample at its place among others, the calls of that pass, and those in which it meets them, by index."""
+    """A sample at its place among others, and the calls of that pass; those in which it meets them, by index.
+
+    `tainted` are the modules of the second witness, `hidden` is the change of the model's output.
+    """
 
     here: Any
     count: int
@@ -139,14 +174,33 @@ class _Look:
     first: list[_Record]
     sources: dict[int, float]
     hidden: float
+    tainted: set[str] = field(default_factory=set)
 
 
-def _look(model: nn.Module, batches: Sequence[Any], forward: Forward, is_last: bool) -> _Look:
-    """Two batches that share their first sample, or their last: what differs between the two passes for it."""
-    here, there = _two_groups(batches, forward, is_last)
+def _looks(
+    model: nn.Module, batches: Sequence[Any], forward: Forward, places: Sequence[int], *, is_needed: bool = True
+) -> list[_Look]:
+    """What a sample at each of the places meets; a place that says nothing is left out, but for all if `is_needed`."""
+    found, refused = [], None
+    for place in places:
+        try:
+            look = _look(model, batches, forward, place)
+        except NotPossible as reason:
+            refused = reason
+            continue
+        if look.sources:
+            look.tainted = _tainted(model, look, forward)
+        found.append(look)
+    if refused is not None and is_needed and not found:
+        raise refused
+    return found
+
+
+def _look(model: nn.Module, batches: Sequence[Any], forward: Forward, place: int) -> _Look:
+    """Two batches that share the sample at one place: what differs between the two passes for it."""
+    here, there, place = _two_groups(batches, forward, place)
     count = sample_count(inputs_of(here, forward))
     assert count is not None
-    place = count - 1 if is_last else 0
     first, again, other = (_record(model, batch, forward, count, place) for batch in (here, here, there))
     if not [r.path for r in first] == [r.path for r in again] == [r.path for r in other]:
         raise NotPossible("the model does not call the same modules for two batches of the same shape")
@@ -155,8 +209,8 @@ def _look(model: nn.Module, batches: Sequence[Any], forward: Forward, is_last: b
     return _Look(here, count, place, first, _sources(first, other, floors), hidden if hidden > floors[-1] else 0.0)
 
 
-def _two_groups(batches: Sequence[Any], forward: Forward, is_last: bool) -> tuple[Any, Any]:
-    """Two batches of one shape that share their first sample, or their last, and no other as far as there are any."""
+def _two_groups(batches: Sequence[Any], forward: Forward, place: int) -> tuple[Any, Any, int]:
+    """Two batches of one shape that share one sample, and no other as far as there are any; and its place in them."""
     batch = batches[0]
     count = sample_count(inputs_of(batch, forward))
     if count is None:
@@ -165,13 +219,17 @@ def _two_groups(batches: Sequence[Any], forward: Forward, is_last: bool) -> tupl
         same = [b for b in batches if shapes(b) == shapes(batch)]
         if len(same) < 3:
             raise NotPossible("a batch holds a single sample: give batches of 2 or more")
-        return join(same[0], same[1]), join(same[2], same[1]) if is_last else join(same[0], same[2])
+        here, there = (same[0], same[1]), (same[0], same[2]) if place == FIRST else (same[2], same[1])
+        return join(*here), join(*there), min(abs(place), 1)
     if count == 2:
-        return batch, take(batch, [1, 1] if is_last else [0, 0])
+        place = min(abs(place), 1)
+        return batch, take(batch, [place, place]), place
     # Other samples, not the same ones in another order, which a mean over the samples would not notice.
     size = min(GROUP, (count + 1) // 2)
-    mates = list(range(count - size + 1, count))
-    return take(batch, list(range(size))), take(batch, [*mates, size - 1] if is_last else [0, *mates])
+    place %= size
+    others = list(range(count - size + 1, count))
+    others.insert(place, place)
+    return take(batch, list(range(size))), take(batch, others), place
 
 
 def _record(model: nn.Module, batch: Any, forward: Forward, count: int, place: int) -> list[_Record]:

@@ -108,7 +108,10 @@ def scores(output: Any, batch: Any) -> Tensor | None:
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value of `a`; NaN equals NaN; two shapes are not compared."""
+    """Largest difference relative to the largest value of `a`, or of `b` where `a` is zero; NaN equals NaN.
+
+    Two shapes are not compared.
+    """
     if a.shape != b.shape:
         return 0.0  # lengths that follow the data: nothing to compare
     if torch.equal(a, b) or a.numel() == 0:
@@ -119,5 +122,6 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     differs = (a != b) & ~(a.isnan() & b.isnan())
     if not (torch.isfinite(a[differs]).all() and torch.isfinite(b[differs]).all()):
         return torch.inf
-    largest = a[torch.isfinite(a)].abs().max() if torch.isfinite(a).any() else a.new_ones(())
+    scale = b if not a.any() else a
+    largest = scale[torch.isfinite(scale)].abs().max() if torch.isfinite(scale).any() else a.new_ones(())
     return float(((a - b)[differs].abs().max() if differs.any() else 0.0) / largest.clamp(min=1e-30))
