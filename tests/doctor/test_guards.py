@@ -261,6 +261,24 @@ def test_training_in_evaluation_mode_is_said_once_for_each_layer():
     assert [f.where for f in doctor.examine(model, batches, **given).findings] == [""]  # the step is not known
 
 
+@pytest.mark.parametrize(("asked", "expected"), [(1, []), (3, [("SN304", "")])])
+def test_an_optimizer_may_ask_for_the_loss_once(asked, expected):
+    model = nn.Sequential(*conv_and(nn.BatchNorm2d(8)), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8))
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=asked)
+
+    def step(model, batch):
+        def closure():
+            optimizer.zero_grad()
+            value = model(batch).square().mean()
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+
+    found = doctor.examine(model, images(), train_batches=images(), step=step, select=["SN304"]).findings
+    assert [(f.code, f.where) for f in found] == expected
+
+
 def test_layers_that_are_stale_for_one_reason_are_judged_together():
     def effect(before):
         return Effect(samples=64, distance=before, relative_square=before, null=0.01, loss=(1 + before, 1.0))

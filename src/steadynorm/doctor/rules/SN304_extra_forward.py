@@ -26,6 +26,7 @@ from collections.abc import Iterator
 
 from steadynorm.doctor.finding import Finding, Fix
 from steadynorm.probe import Facts, Part
+from steadynorm.probe.training_facts import NormStep
 
 needs: tuple[Part, ...] = ("audit",)
 
@@ -37,23 +38,27 @@ def check(facts: Facts) -> Iterator[Finding]:
         return
     learned_from = max(audit.backwards, 1)
     moving = [norm for norm in audit.norms.values() if norm.updates]
-    outside = [norm.path for norm in moving if norm.updates.get("outside", 0) + norm.updates.get("optimizer", 0)]
+    outside = [norm.path for norm in moving if norm.updates.get("outside", 0) or _is_asked_again(norm)]
     extra = audit.forwards - learned_from
     if not moving or (extra <= 0 and not outside):
         return
     where = "" if extra > 0 else os.path.commonpath([path.replace(".", "/") for path in outside]).replace("/", ".")
-    closures = sum(norm.updates.get("optimizer", 0) for norm in moving)
-    by = "the optimizer" if extra <= 0 and closures else "the step"
+    what, most = "part" if where else "model", max(sum(norm.updates.values()) for norm in moving)
+    said = (
+        f"One training step calls this {what} more often in training mode than it learns from it: {most} "
+        f"updates of the running statistics for {learned_from} backward pass{'es' if learned_from > 1 else ''}."
+    )
+    if extra <= 0 and any(map(_is_asked_again, moving)):
+        said = (
+            f"In one training step the optimizer asks this {what} for its loss more than once: {most} updates of the "
+            "running statistics for one step."
+        )
     yield Finding(
         code="SN304",
         severity="note",
         confidence="proved",
         where=where,
-        message=(
-            f"In one training step {by} calls this {'model' if not where else 'part'} more often in training mode than "
-            f"it learns from it: {max(sum(norm.updates.values()) for norm in moving)} updates of the running "
-            f"statistics for {learned_from} backward pass{'es' if learned_from > 1 else ''}."
-        ),
+        message=said,
         evidence={
             "forwards of the model": audit.forwards,
             "backward passes": audit.backwards,
@@ -64,3 +69,8 @@ def check(facts: Facts) -> Iterator[Finding]:
             "Make the extra pass with the statistics held still: in evaluation mode, or inside training.transaction."
         ),
     )
+
+
+def _is_asked_again(norm: NormStep) -> bool:
+    """Whether the optimizer's closure moves the statistics, and not for the only time in the step."""
+    return bool(norm.updates.get("optimizer", 0)) and sum(norm.updates.values()) > 1
