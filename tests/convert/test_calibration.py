@@ -18,7 +18,6 @@ from steadynorm.recipe import seeded
 from steadynorm.recipes import digits
 from tests.convert import oracle
 from tests.convert.test_convert import identities
-from tests.processes import run_checks
 
 SHAPES = {1: (6, 8, 9), 2: (6, 8, 4, 5), 3: (5, 8, 2, 3, 2)}
 TORCHS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -448,9 +447,3 @@ def test_digits_are_recognised_again():
     assert change.loss_after == pytest.approx(np.mean(losses), rel=1e-5)
     assert change.samples == 6 * 64
     assert "before" in repr(change)
-
-
-@pytest.mark.slow
-def test_several_processes():
-    failures = run_checks("tests.convert.on_ranks")
-    assert not failures, "\n".join(failures)

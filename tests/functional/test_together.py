@@ -73,10 +73,10 @@ def test_memory_order_is_kept(backend):
 
 def inputs(activation, has_residual, is_masked):
     torch.manual_seed(0)
-    xs = [torch.randn(n, 3, 4, dtype=torch.float64) for n in (2, 3)]
+    xs = [torch.randn(n, 2, 3, dtype=torch.float64) for n in (2, 3)]
     residuals = [torch.randn_like(x) if has_residual else None for x in xs]
-    masks = [torch.rand(x.shape[0], 4) > 0.3 if is_masked else None for x in xs]
-    weight, bias = torch.randn(2, 3, dtype=torch.float64)
+    masks = [torch.rand(x.shape[0], 3) > 0.3 if is_masked else None for x in xs]
+    weight, bias = torch.randn(2, 2, dtype=torch.float64)
 
     def call(weight, bias, *tensors):
         parts = [Part(x, tensors[2 + i] if has_residual else None, masks[i]) for i, x in enumerate(tensors[:2])]

@@ -12,13 +12,26 @@ import pytest
 
 from tests.processes import run_checks
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
+
+
+CHECKS = (
+    "distributed.equality",
+    "distributed.behaviour",
+    "distributed.frameworks",
+    "convert.on_ranks",
+    "training.loops_on_ranks",
+    "training.microbatch_on_ranks",
+    "training.statistics_on_ranks",
+    "doctor.on_ranks",
+    # Last: they leave fewer and fewer processes.
+    "distributed.faults",
+)
 
 
 def test_on_ranks():
     """One launch of four processes for all of it: they take longer to start than most checks to run."""
-    # Faults come last: they leave fewer and fewer processes.
-    failures = run_checks(*(f"tests.distributed.{name}" for name in ("equality", "behaviour", "frameworks", "faults")))
+    failures = run_checks(*(f"tests.{name}" for name in CHECKS))
     assert not failures, "\n".join(failures)
 
 
