@@ -292,6 +292,37 @@ def test_layers_that_are_stale_for_one_reason_are_judged_together():
     assert judged(effect(0.01), Facts(drift={"a": drifts["a"]}, drift_together=effect(0.5)), ["a"])[0] == "note"
 
 
+@pytest.mark.parametrize("whose", ["all values", "each channel"])
+def test_inputs_that_lack_a_mean_and_a_deviation_of_the_datas_own_are_told_by_the_training_batches(whose):
+    torch.manual_seed(0)
+    raw = (
+        torch.rand(512, 3, 8, 8) ** 2
+        * torch.tensor([1.0, 1.0, 1.0] if whose == "all values" else [1.0, 20.0, 90.0])[:, None, None]
+    )
+    mean, deviation = (
+        (raw.mean(), raw.std())
+        if whose == "all values"
+        else (raw.mean((0, 2, 3), True), raw.std((0, 2, 3), keepdim=True))
+    )
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    nn.init.uniform_(model[1].bias)
+    trained = list(((raw - mean) / deviation).split(32))
+    for x in trained * 6:
+        model(x)
+
+    def found(batches):
+        return [
+            (f.severity, f.where)
+            for f in doctor.examine(model, batches, train_batches=trained).findings
+            if f.code == "SN405"
+        ]
+
+    assert found(list(raw.split(32))) == [("error", "")]
+    assert found(trained) == []
+    assert found([1.2 * x + 0.3 for x in trained]) == []  # the data's own, as far as can be told
+    assert doctor.examine(model, list(raw.split(32)), select=["SN405"]).findings == ()
+
+
 @pytest.mark.parametrize("behind", [nn.Identity(), nn.LayerNorm(8)])
 def test_features_in_units_of_their_own_drown_each_other(behind):
     def found(scales, first=None):

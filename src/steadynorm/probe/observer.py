@@ -283,7 +283,13 @@ class Observer:
     def _drift(self) -> None:
         found, stale = self.drifts, self.stale
         self.found["correction"] = preprocessing.correction(
-            self.model, self.here, self.forward, self.task, self.found["norms"], self.found["calls"]
+            self.model,
+            self.here,
+            self.forward,
+            self.task,
+            self.found["norms"],
+            self.found["calls"],
+            trained=() if self.there is self.here else self.there,
         )
         dropped = drift.with_dropout(self.model, self.there, self.forward, stale, self.stored, self.found["norms"])
         found |= {path: replace(found[path], with_dropout=value) for path, value in dropped.items()}

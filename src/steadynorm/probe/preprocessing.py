@@ -3,8 +3,10 @@
 The statistics that the first norm has stored are those of the first layer's outputs on the training inputs. Each of the
 usual preparations is done to the inputs, the model is run up to that norm, and what reaches it is held against what is
 stored: the right one fits, all others do not (11 of 11 named in a test with ResNet-18; the runner-up 4 times worse).
+Where none fits and the training batches are known, so is what they have: a mean and a deviation of the data's own.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +27,9 @@ from steadynorm.training.layer_inputs import of_rows
 SAMPLES = 128
 # How much better than the runner-up a correction must fit to be named.
 RUNNER_UP_FACTOR = 3.0
+# How far, in deviations, or how much wider or narrower than in training inputs are that nobody prepared; less may be
+# the data's own.
+FAR, MUCH_WIDER = 1.0, 2.0
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -58,8 +63,13 @@ def correction(
     task: Task,
     norms: Mapping[str, Norm],
     calls: Sequence[Call],
+    trained: Sequence[Any] = (),
 ) -> Correction | None:
-    """The one usual preparation of the inputs that makes them those that the first norm has learned; None if none."""
+    """The one usual preparation of the inputs that makes them those that the first norm has learned; None if none.
+
+    Args:
+        trained: training batches, whose mean and deviation are tried where no usual preparation fits.
+    """
     path = next((call.path for call in calls if call.path in norms), "")
     norm = norms.get(path)
     if norm is None or not norm.learns or norm.state_fault or len({c.path for c in calls if c.path == path}) != 1:
@@ -87,10 +97,49 @@ def correction(
     known = corrections(first)
     misfits = sorted((misfit(correct)[0], name) for name, correct in known.items())
     (best, name), runner_up = misfits[0], misfits[1][0]
-    if best > max(MATERIAL_DIVERGENCE, CHANCE_FACTOR * null) or best * RUNNER_UP_FACTOR > min(runner_up, as_given):
-        return None
+    enough = max(MATERIAL_DIVERGENCE, CHANCE_FACTOR * null)
+    if best > enough or best * RUNNER_UP_FACTOR > min(runner_up, as_given):
+        own = _as_in_training(few, first_samples(trained, forward, SAMPLES), forward)
+        fits = [(misfit(correct)[0], name) for name, correct in own.items()]
+        # Of all values, or of each channel: the former where it does.
+        fits = [fit for fit in fits if fit[0] <= enough and fit[0] * RUNNER_UP_FACTOR <= min(misfits[0][0], as_given)]
+        if not fits:
+            return None
+        (best, name), runner_up = fits[0], misfits[0][0]
+        known |= own
     effect = effects.of_inputs(model, few, forward, lambda batch: _corrected(batch, forward, known[name]), task)
     return Correction(path, name, as_given, best, runner_up, len(known), effect)
+
+
+def _as_in_training(few: Sequence[Any], trained: Sequence[Any], forward: Forward) -> dict[str, Correct]:
+    """Mean and deviation of the training inputs, of all values and of each channel, where those given are far."""
+    here, there = ([_first(batch, forward) for batch in some] for some in (few, trained))
+    rows = [[x.movedim(1, -1).flatten(0, -2).double() for x in some if x is not None] for some in (here, there)]
+    if not all(rows) or len({part.shape[1] for some in rows for part in some}) != 1:
+        return {}
+    a, b = (torch.cat(some) for some in rows)
+    found: dict[str, Correct] = {}
+    for whose, axis in (("all values", None), ("each channel", 0)):
+        (mean, deviation), (to_mean, to_deviation) = ((x.mean(axis), x.std(axis)) for x in (a, b))
+        wider = (deviation / to_deviation).log().abs()
+        is_far = ((mean - to_mean).abs() > FAR * to_deviation) | (wider >= math.log(MUCH_WIDER))
+        if bool(is_far.double().mean() < 0.5) or not bool((deviation > 0).all() and (to_deviation > 0).all()):
+            continue
+        numbers = (
+            "" if axis == 0 else f", {to_mean:.3g} and {to_deviation:.3g} instead of {mean:.3g} and {deviation:.3g}"
+        )
+        name = f"give {whose} the mean and the deviation of the training inputs{numbers}"
+        found[name] = _moved(mean, deviation, to_mean, to_deviation)
+    return found
+
+
+def _moved(mean: Tensor, deviation: Tensor, to_mean: Tensor, to_deviation: Tensor) -> Correct:
+    def correct(x: Tensor) -> Tensor:
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        scale = to_deviation / deviation
+        return x * scale.view(shape).to(x) + (to_mean - mean * scale).view(shape).to(x)
+
+    return correct
 
 
 def corrections(x: Tensor) -> dict[str, Correct]:

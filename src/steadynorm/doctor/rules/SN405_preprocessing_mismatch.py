@@ -3,7 +3,8 @@
 Why: pixels from 0 to 255 for 0 to 1, a mean and deviation that were forgotten or taken twice, channels in another
 order: nothing raises, and accuracy falls by some points or by all. The statistics of the first norm were learned on
 inputs as they were; each usual preparation is tried on the way to it, and the one that fits, if one does and no other
-nearly, is named. With blurred or otherwise changed contents none fits, and the rule is silent.
+nearly, is named. Where none does, the mean and the deviation of the training batches are tried, if those of the inputs
+are far from them. With blurred or otherwise changed contents none fits, and the rule is silent.
 
 Bad:
     images = [torch.rand(64, 3, 8, 8) * torch.tensor([0.4, 0.7, 1.0]).view(3, 1, 1) for _ in range(4)]
