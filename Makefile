@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
 
-.PHONY: install demo test check bench docs clean
+.PHONY: install demo test tests check bench docs clean
 
 # Without compiling every module of every package: Python does so at the first import of those that are used.
 install: $(DONE)
@@ -26,8 +26,12 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The checks run beside the tests, on a core that starting the tests leaves idle.
+test: install
+	$(MAKE) --jobs=2 check tests
+
 # One thread for each of the two runs, and for the processes that they start: they have no more cores.
-test: check
+tests: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 docs: install

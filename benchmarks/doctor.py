@@ -1,17 +1,17 @@
 """What the doctor costs on a ResNet-50 at 224 pixels: forward passes over the samples it looks at, and memory.
 
-    python -m benchmarks.doctor [--samples 256] [--batch 32] [--measure memory] [--out FILE]
+    python -m benchmarks.doctor [--samples 256] [--batch 32] [--only recalibrated] [--out FILE]
 
 A forward pass over the samples is timed before and after the doctor, without gradients, and the faster one counts.
-Peaks are those of the resident memory above what the process had with the model made and the first batches read: of the
-doctor, and, in a process of its own, of two training steps (the second has the optimizer's state to hold).
+Peaks are those of the resident memory above what the process had with the model made: of the doctor, and, in a process
+of its own, of two training steps (the second has the optimizer's state to hold).
 """
 
 import argparse
 import ctypes
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from benchmarks.processes import M_MMAP_THRESHOLD, alone, resident
+from benchmarks.processes import alone, resident
 from steadynorm import doctor, machine
 from steadynorm.lab.store import Store
 from steadynorm.report import Document, Table, terminal
@@ -91,41 +91,54 @@ def diagnose(model: nn.Module, samples: int, batch: int) -> doctor.Diagnosis:
     )
 
 
-def memory(what: str, samples: int, batch: int) -> dict[str, float]:
-    """By how much the doctor, or training, raises the peak of the resident memory, in bytes."""
-    # Blocks of 1 MiB go back to the system as soon as they are freed: what is resident is what is in use.
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
-    model = model_of("as made", batch)
-    passes(model, 2, 1)
+def raised(action: Callable[[], Any]) -> int:
+    """By how much an action raises the peak of the resident memory, in bytes."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
-    if what == "doctor":
-        diagnose(model, samples, batch)
-    else:
-        used = optimizer(model.train().parameters())
+    action()
+    return resident("VmHWM") - before
+
+
+def training(samples: int, batch: int) -> dict[str, float]:
+    """The peak of two training steps."""
+    model = model_of("as made", batch).train()
+
+    def steps() -> None:
+        used = optimizer(model.parameters())
         for given in batches(2 * batch, batch, 0):
             used.zero_grad()
             loss(model(given[0]), given).backward()
             used.step()
-    return {"peak": resident("VmHWM") - before}
+
+    return {"peak": raised(steps)}
 
 
-def times(kind: str, samples: int, batch: int) -> dict[str, float]:
-    """Seconds of the doctor, of a forward pass over its samples, and of a look without data."""
+def examined(kind: str, samples: int, batch: int) -> dict[str, float]:
+    """Seconds of the doctor, of a forward pass over its samples, and of a look without data; its peak."""
     model = model_of(kind, batch)
     passes(model, batch, batch)
     forward = [passes(model, samples, batch)]
+    found: list[doctor.Diagnosis] = []
     start = time.perf_counter()
-    found = diagnose(model, samples, batch)
+    peak = raised(lambda: found.append(diagnose(model, samples, batch)))
     seconds = time.perf_counter() - start
-    if found.facts.skipped.keys() - {"ranks"}:
-        raise AssertionError(f"parts were not looked at: {found.facts.skipped}")
+    if missing := found[0].facts.skipped:
+        raise AssertionError(f"parts were not looked at: {missing}")
     forward.append(passes(model, samples, batch))
     start = time.perf_counter()
     doctor.examine(model)
     quick = time.perf_counter() - start
-    return {"doctor": seconds, "forward": min(forward), "passes": seconds / min(forward), "quick": quick}
+    stale = sum(one.is_beyond_chance for one in found[0].facts.drift.values())
+    fastest = min(forward)
+    return {
+        "doctor": seconds,
+        "forward": fastest,
+        "passes": seconds / fastest,
+        "quick": quick,
+        "stale": stale,
+        "peak": peak,
+    }
 
 
 def main() -> None:
@@ -134,39 +147,38 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=machine.core_count())
-    parser.add_argument("--measure", choices=("memory", "times"))
-    parser.add_argument("--of", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=KINDS)
+    parser.add_argument("--of", choices=(*KINDS, "training"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latest.jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     sizes = options.samples, options.batch
     if options.of:
-        print(json.dumps((memory if options.measure == "memory" else times)(options.of, *sizes)))
+        print(json.dumps(training(*sizes) if options.of == "training" else examined(options.of, *sizes)))
         return
     common = ["--samples", str(sizes[0]), "--batch", str(sizes[1]), "--threads", str(options.threads)]
-    named = {"benchmark": "doctor", "samples": sizes[0], "batch": sizes[1]}
-    store, blocks = Store(options.out), []
-    if options.measure != "times":
-        peaks = {
-            what: alone("benchmarks.doctor", *common, "--measure", "memory", "--of", what)["peak"]
-            for what in ("training", "doctor")
-        }
-        store.append({**named, "measure": "memory", **peaks, "machine": machine.describe()})
-        lines = tuple((what, f"{peak / 1e6:.0f}") for what, peak in peaks.items())
-        blocks.append(Table("Peak above before", ("what", "MB"), lines))
-    if options.measure != "memory":
-        found = {kind: alone("benchmarks.doctor", *common, "--measure", "times", "--of", kind) for kind in KINDS}
-        for kind, row in found.items():
-            store.append({**named, "measure": "times", "model": kind, **row, "machine": machine.describe()})
-        columns = ("model", "doctor, s", "forward pass, s", "passes", "without data, s")
-        lines = tuple(
-            (k, f"{r['doctor']:.1f}", f"{r['forward']:.1f}", f"{r['passes']:.2f}", f"{r['quick']:.2f}")
-            for k, r in found.items()
-        )
-        blocks.append(Table("Time", columns, lines))
+    store, lines = Store(options.out), []
+    step = alone("benchmarks.doctor", *common, "--of", "training")["peak"]
+    for kind in (options.only,) if options.only else KINDS:
+        row = alone("benchmarks.doctor", *common, "--of", kind)
+        named = {"benchmark": "doctor", "model": kind, "samples": sizes[0], "batch": sizes[1], "training_peak": step}
+        store.append({**named, **row, "machine": machine.describe()})
+        seconds = (f"{row['doctor']:.0f}", f"{row['forward']:.1f}", f"{row['passes']:.2f}", f"{row['quick']:.2f}")
+        lines.append((kind, str(row["stale"]), *seconds, f"{row['peak'] / 1e6:.0f}", f"{step / 1e6:.0f}"))
+    columns = (
+        "model",
+        "stale layers",
+        "doctor, s",
+        "forward, s",
+        "passes",
+        "without data, s",
+        "peak, MB",
+        "training, MB",
+    )
+    table = Table("Time and memory", columns, tuple(lines))
     summary = f"{sizes[0]} samples, batches of {sizes[1]}, {options.threads} threads."
     title = "The doctor on a ResNet-50, 224 pixels"
-    terminal.show(Document(title, summary, blocks=tuple(blocks), facts=machine.describe()), Console(width=90))
+    terminal.show(Document(title, summary, blocks=(table,), facts=machine.describe()), Console(width=110))
 
 
 if __name__ == "__main__":

@@ -246,6 +246,7 @@ def test_the_lab_takes_a_learning_rate_and_knows_rows_of_another_one(recipe, tmp
     assert own["rows"][0]["numbers"] != other["rows"][0]["numbers"]
 
 
+@pytest.mark.slow
 def test_a_stopped_lab_goes_on_where_it_was(recipe, tmp_path):
     rows = tmp_path / "rows.jsonl"
     arguments = [

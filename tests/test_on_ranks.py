@@ -41,6 +41,7 @@ def test_on_ranks_with_the_default_compiler():
     assert not failures, "\n".join(failures)
 
 
+@pytest.mark.slow
 def test_the_example_runs_under_torchrun(tmp_path):
     page = (ROOT / "docs" / "sync.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n# train\.py\n(.*?)```", page, flags=re.DOTALL)

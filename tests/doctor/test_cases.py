@@ -2,16 +2,22 @@
 
 import pytest
 
-from tests.doctor.cases import FAULTS, HEALTHY, Case, diagnosis, found
+from tests.doctor.cases import FAULTS, HEALTHY, NORMS, Case, diagnosis, found
 from tests.doctor.controls import CONTROLS
 from tests.doctor.planted import PLANTED
 from tests.doctor.twins import TWINS
 
+# The same fault at one layer after another: at the first and the last of them on every push.
+AT_OTHER_LAYERS = tuple(f"{fault} {path}" for fault in ("reset", "shifted", "nan") for path in NORMS[1:-1])
 # Healthy twins that no control resembles run on every push, the others with the slow ones.
 UNUSUAL = ("second pass in evaluation mode", "teacher, in the loss", "balanced", "optimizer of the head")
 
 
-@pytest.mark.parametrize("case", FAULTS + PLANTED, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.slow] * (c.name in AT_OTHER_LAYERS)) for c in FAULTS + PLANTED],
+    ids=lambda case: case.name,
+)
 def test_a_fault_is_found_where_it_is_and_nowhere_else(case: Case):
     assert found(case) == case.expected
 

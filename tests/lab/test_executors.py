@@ -97,6 +97,7 @@ def test_workers_end_with_the_reader(written):
     assert not children & _children()
 
 
+@pytest.mark.slow
 def test_what_a_worker_said_is_not_said_of_the_next_one(written):
     dies = """
 whole = batches
@@ -171,6 +172,7 @@ gc.collect()
 """
 
 
+@pytest.mark.slow
 def test_no_pipe_or_file_stays_open_however_a_run_ends(written, tmp_path):
     written(TOY)
     dies = "\nimport os, sys\nif 'steadynorm.lab.worker' in sys.orig_argv:\n    os.abort()\n"

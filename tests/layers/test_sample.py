@@ -176,7 +176,7 @@ def test_another_batch_size_is_not_another_graph():
     assert len(graphs) <= 2, "one for the first size, one for every size"
 
 
-@pytest.mark.parametrize("is_strict", [True, False])
+@pytest.mark.parametrize("is_strict", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize(("name", "extras"), CALLS, ids=CALL_NAMES)
 def test_an_exported_graph_needs_nothing_of_ours(name, extras, is_strict):
     """So that converters know it, and that it loads where this package is not installed."""

@@ -177,7 +177,7 @@ def accuracy(model, images, labels, batch_size, prior):
     return right / len(images)
 
 
-@pytest.mark.parametrize(("batch_size", "count"), [(1, 60), (16, 360), (200, 360)])
+@pytest.mark.parametrize(("batch_size", "count"), [pytest.param(1, 60, marks=pytest.mark.slow), (16, 360), (200, 360)])
 def test_it_helps_where_data_has_shifted_and_costs_nothing_where_not(digits, batch_size, count):
     """https://github.com/DequanWang/tent/issues/4: adaptation that ruins what worked. Here it never costs much."""
     model, images, labels = digits
