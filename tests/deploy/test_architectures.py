@@ -26,7 +26,7 @@ LEFT = {
     "HighResNet, pre-activation": {"is also used elsewhere: relu": 1, "its input comes from": 2},
     "control flow by the data": {"comes from bn_both, left, right in turn": 1},
 }
-QUICK = ("ResNet, bottleneck", "LeViT", "DETR, frozen norms", "Wav2Vec2-Conformer", "control flow by the data")
+QUICK = ("LeViT", "DETR, frozen norms", "Wav2Vec2-Conformer", "control flow by the data")
 WITHIN = "it normalises within the sample"
 
 

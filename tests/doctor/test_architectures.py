@@ -5,7 +5,7 @@ import pytest
 from tests.doctor.architectures import ARCHITECTURES, KNOWN, STEPS, examine
 
 # One of each kind on every push: batch, group, layer, instance and root mean square norm.
-ALWAYS = ("HGNetV2", "BiT", "ViT", "monai U-Net, instance norm", "Llama")
+ALWAYS = ("RegNet", "BiT", "ViT", "monai U-Net, instance norm", "Llama")
 
 
 def named(names):

@@ -115,6 +115,7 @@ def batches(split, batch_size, seed):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_while_a_worker_starts_does_not_wait_for_its_cell(written, monkeypatch):
     toy = written(
         TOY + "\nwhole = batches\ndef batches(split, size, seed):\n    import time\n"

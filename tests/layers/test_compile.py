@@ -69,7 +69,7 @@ def assert_compiled_equals_eager(layer: nn.Module, extras: dict[str, Tensor], ba
         torch.testing.assert_close(ours, expected)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_one_graph_with_every_option(options, training):
     assert_compiled_equals_eager(BatchNorm2d(3, **options).train(training), {})

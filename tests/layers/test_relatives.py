@@ -27,6 +27,10 @@ IMAGES = pytest.mark.parametrize(
     "relative", [r for r in RELATIVES.values() if r.images], ids=[n for n, r in RELATIVES.items() if r.images]
 )
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+# What takes long, and in evaluation is that of a batch norm but for the statistics.
+LONG_MODES = pytest.mark.parametrize(
+    "training", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["training", "evaluation"]
+)
 
 
 def trained(relative: Relative, kind: str = "rows", **options) -> nn.Module:
@@ -43,7 +47,7 @@ def trained(relative: Relative, kind: str = "rows", **options) -> nn.Module:
 
 
 @ALL
-@MODES
+@LONG_MODES
 def test_first_and_second_derivatives(relative, training):
     layer = trained(relative, dtype=torch.float64, activation="silu").train(training)
     relative.settle(layer)
@@ -60,7 +64,7 @@ def test_first_and_second_derivatives(relative, training):
 
 
 @ALL
-@MODES
+@LONG_MODES
 def test_one_graph_gives_what_eager_gives(relative, training):
     torch._dynamo.reset()
     eager = trained(relative, "images" if relative.images else "rows", activation="relu").train(training)

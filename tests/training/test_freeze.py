@@ -127,6 +127,7 @@ def test_frozen_stays_frozen(way):
     assert bits(other, *BACKBONE) != before
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_model_sees_it_freeze_and_thaw():
     torch._dynamo.reset()
