@@ -1,4 +1,4 @@
-"""What SyncBatchNorm promises beyond its numbers, on real processes; run by tests/test_on_ranks.py."""
+"""What SyncBatchNorm promises beyond its numbers, on real processes; run by tests/distributed/test_on_ranks.py."""
 
 from __future__ import annotations
 

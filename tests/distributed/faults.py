@@ -1,4 +1,4 @@
-"""Ranks that end, or do not come, in the middle of a step; run by tests/test_on_ranks.py.
+"""Ranks that end, or do not come, in the middle of a step; run by tests/distributed/test_on_ranks.py.
 
 The last of the ranks is killed for good, so each of these checks has one rank less than the one before.
 """

@@ -1,4 +1,4 @@
-"""SyncBatchNorm under DistributedDataParallel, FSDP2 and torch.compile; run by tests/test_on_ranks.py."""
+"""SyncBatchNorm under DistributedDataParallel, FSDP2 and torch.compile; run by tests/distributed/test_on_ranks.py."""
 
 from __future__ import annotations
 

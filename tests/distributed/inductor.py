@@ -1,4 +1,4 @@
-"""The default compiler, which takes a minute; run by tests/test_on_ranks.py -m slow."""
+"""The default compiler, which takes a minute; run by tests/distributed/test_on_ranks.py -m slow."""
 
 from __future__ import annotations
 

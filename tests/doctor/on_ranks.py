@@ -1,4 +1,4 @@
-"""What the doctor says on several real processes; run by tests/test_on_ranks.py."""
+"""What the doctor says on several real processes; run by tests/distributed/test_on_ranks.py."""
 
 from __future__ import annotations
 

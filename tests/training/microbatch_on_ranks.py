@@ -1,4 +1,4 @@
-"""Micro-batches on several processes; run by tests/test_on_ranks.py."""
+"""Micro-batches on several processes; run by tests/distributed/test_on_ranks.py."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.processes import run_checks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 CHECKS = (
