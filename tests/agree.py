@@ -97,7 +97,7 @@ def array(tensor: Tensor | None) -> Any:
     """A copy of a tensor as the oracle takes it."""
     if tensor is None:
         return None
-    tensor = tensor.detach()
+    tensor = tensor.detach().cpu()
     return (tensor if tensor.dtype == torch.bool else tensor.double()).numpy().copy()
 
 
@@ -167,7 +167,7 @@ def run(candidate: Candidate, inputs: Inputs, case: Case, dy: Tensor) -> Outcome
 
 def memory(tensor: Tensor) -> Tensor:
     """A copy of every byte of the storage behind `tensor`, so that NaN, gaps and layout count too."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.detach().untyped_storage()).clone()
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.detach().untyped_storage()).clone()
 
 
 def bounds(expectation: Expectation, inputs: Inputs, case: Case, dy_tensor: Tensor) -> dict[str, Bound]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import zlib
@@ -14,6 +15,10 @@ import pytest
 import torch
 
 from steadynorm.kernels import numba_cpu
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported: its kernels run in Python, on CPU tensors, where a test asks for them.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis.settings.register_profile("project", deadline=None, max_examples=60, derandomize=True, database=None)
 hypothesis.settings.load_profile("project")

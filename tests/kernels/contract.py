@@ -24,7 +24,7 @@ PIVOT = 4
 class Bench:
     """The tensors of one case as a backend takes them, and what the oracle says about each result."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, device: str = "cpu") -> None:
         self.case = case
         self.inputs = inputs = case.inputs()
         self.expectation = agree.ask(oracles.batch_norm, inputs, case)
@@ -42,6 +42,14 @@ class Bench:
         grads = self.expectation.gradients(agree.array(dy))
         self.dweight, self.dbias = torch.from_numpy(grads.dweight.copy()), torch.from_numpy(grads.dbias.copy())
         self.g = torch.empty_like(self.x).copy_(torch.from_numpy(grads.dresidual))
+        if device != "cpu":
+            self._move(device)
+
+    def _move(self, device: str) -> None:
+        for owner in (self, self.inputs):
+            for name, value in list(vars(owner).items()):
+                if isinstance(value, Tensor):
+                    setattr(owner, name, value.to(device))
 
     def tensors(self) -> list[Tensor]:
         found = [self.x, self.dy, self.g, self.residual, self.mask, self.mean, self.var, self.dweight, self.dbias]
@@ -79,9 +87,9 @@ def _close(name: str, found: Tensor, bound: Bound) -> None:
     assert worst <= 0, f"{name} is off by {error.max():.3g}, {worst:.3g} more than is allowed"
 
 
-def assert_keeps_contract(backend: ModuleType, case: Case) -> None:
+def assert_keeps_contract(backend: ModuleType, case: Case, device: str = "cpu") -> None:
     """Each of the four functions alone, on exact inputs, and the two fusions; inputs stay as they were."""
-    bench = Bench(case)
+    bench = Bench(case, device)
     before = [agree.memory(tensor) for tensor in bench.tensors()]
     x, grouping, mask, weight, bias = bench.x, bench.grouping, bench.mask, bench.inputs.weight, bench.inputs.bias
     statistics = (bench.mean, bench.var)

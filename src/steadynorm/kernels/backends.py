@@ -13,9 +13,9 @@ from torch import Tensor
 
 from steadynorm.errors import BackendError, InputError
 from steadynorm.grouping import SampleGrouping
-from steadynorm.kernels import numba_cpu, reference, reference_sample
+from steadynorm.kernels import numba_cpu, reference, reference_sample, triton_gpu
 
-BACKENDS = ("numba", "reference")
+BACKENDS = ("numba", "triton", "reference")
 
 _forced: ContextVar[str | None] = ContextVar("steadynorm_backend", default=None)
 
@@ -33,6 +33,8 @@ def status() -> list[Status]:
     lines = []
     reason = numba_cpu.why_not()
     lines.append(Status("numba", not reason, reason or "CPU tensors: float32, float64, bfloat16, float16"))
+    reason = triton_gpu.why_not()
+    lines.append(Status("triton", not reason, reason or triton_gpu.takes()))
     lines.append(Status("reference", True, "any device and dtype, plain PyTorch"))
     return lines
 
@@ -67,17 +69,27 @@ def choose(x: Tensor, *, masked: bool = False) -> ModuleType:
     forced = _forced.get()
     if forced == "reference":
         return reference
-    reason = numba_cpu.why_not(x, masked=masked)
+    compiled = triton_gpu if _is_for_triton(x, forced) else numba_cpu
+    reason = compiled.why_not(x, masked=masked)
     if not reason:
-        return numba_cpu
+        return compiled
+    return _instead(reference, forced, reason)
+
+
+def _is_for_triton(x: Tensor, forced: str | None) -> bool:
+    return forced == "triton" or (forced is None and not x.is_cpu)
+
+
+def _instead(module: ModuleType, forced: str | None, reason: str) -> ModuleType:
+    """The reference, unless a backend was asked for, which is never replaced without a word."""
     if forced is not None:
-        raise BackendError(f"backend 'numba' was asked for and cannot take this tensor: {reason}.")
-    return reference
+        raise BackendError(f"backend {forced!r} was asked for and cannot take this tensor: {reason}.")
+    return module
 
 
 @cache
-def _numba_sample() -> ModuleType | None:
-    name = "steadynorm.kernels.numba_sample"
+def _sample(name: str) -> ModuleType | None:
+    name = f"steadynorm.kernels.{name}"
     return import_module(name) if find_spec(name) is not None else None
 
 
@@ -86,10 +98,8 @@ def choose_sample(x: Tensor, grouping: SampleGrouping, *, masked: bool = False) 
     forced = _forced.get()
     if forced == "reference":
         return reference_sample
-    compiled = _numba_sample()
+    compiled = _sample("triton_sample" if _is_for_triton(x, forced) else "numba_sample")
     reason = "its kernels are not here" if compiled is None else compiled.why_not(x, grouping, masked=masked)
     if compiled is not None and not reason:
         return compiled
-    if forced is not None:
-        raise BackendError(f"backend 'numba' was asked for and cannot take this tensor: {reason}.")
-    return reference_sample
+    return _instead(reference_sample, forced, reason)
