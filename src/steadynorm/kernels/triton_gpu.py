@@ -26,8 +26,9 @@ CAPABILITY = (7, 0)
 BRAIN_CAPABILITY = (8, 0)
 # Multiprocessors that the interpreter counts as: few, and yet small tensors are split.
 INTERPRETED = 4
-# Channels of a program of `merge_moments` and `ema`, whose work is small.
+# Channels of a program of `merge_moments` and `ema`, whose work is small; float64 numbers that a warp holds of it.
 MERGED_CHANNELS = 16
+MERGED_PER_WARP = 512
 MOVED_CHANNELS = 1024
 
 
@@ -105,16 +106,15 @@ class Call:
         from steadynorm.kernels.gpu.launch import above
 
         group, splits = self.sizes[1], self.launch.splits
+        parts = above(splits)
         _start(
             kernel,
             self.x,
             -(-group // MERGED_CHANNELS),
-            *parts_and_results,
-            group,
-            splits,
-            PARTS=above(splits),
+            *(*parts_and_results, group, splits),
+            PARTS=parts,
             CHANNELS=MERGED_CHANNELS,
-            num_warps=1,
+            num_warps=max(1, parts * MERGED_CHANNELS // MERGED_PER_WARP),
         )
 
     def doubles(self, *shape: int) -> Tensor:
@@ -124,11 +124,13 @@ class Call:
 
 def _start(kernel: Any, x: Tensor, programs: int, *arguments: Any, **options: Any) -> None:
     """Launch a kernel on the device of `x`."""
+    # Products are added without a rounding between: named, since Triton's default is about to change.
+    options["enable_fp_fusion"] = True
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            kernel[(programs,)](*arguments, enable_fp_fusion=True, **options)
+            kernel[(programs,)](*arguments, **options)
     else:
-        kernel[(programs,)](*arguments, enable_fp_fusion=True, **options)
+        kernel[(programs,)](*arguments, **options)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
