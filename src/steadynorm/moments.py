@@ -48,6 +48,11 @@ class Moments:
         return torch.rsqrt(self.var + eps)
 
 
+def on_device(number: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor in the dtype and on the device of `like`: made there, since a copy would wait for it."""
+    return number.to(like) if isinstance(number, Tensor) else like.new_full((), number)
+
+
 def of(x: Tensor) -> Moments:
     """Moments of `x` (outer, group, inner) per group, in float64 and plain PyTorch."""
     x = x.double()
@@ -84,11 +89,11 @@ def merge_rows(parts: Moments) -> Moments:
 
     Returns: Moments (group,), with an int for a count where `parts` has one.
     """
-    rows, dtype = len(parts.mean), parts.mean.dtype
+    rows = len(parts.mean)
     if isinstance(parts.count, int) and parts.count * rows:
         equal = parts.mean.mean(0)
         return Moments(equal, (parts.var + (parts.mean - equal).square()).mean(0), parts.count * rows)
-    count = torch.as_tensor(parts.count, dtype=dtype, device=parts.mean.device)
+    count = on_device(parts.count, parts.mean)
     n = count.expand(rows, 1) if count.dim() == 0 else count.reshape(rows, -1)
     total = n.sum(0)
     share = n / torch.where(total > 0, total, 1)
@@ -116,8 +121,7 @@ def _merge_two(a: Moments, b: Moments) -> Moments:
             a.var + (b.var - a.var) * share + delta.square() * (share * (1 - share)),
             a.count + b.count,
         )
-    count_a = torch.as_tensor(a.count, dtype=a.mean.dtype, device=a.mean.device)
-    count_b = torch.as_tensor(b.count, dtype=a.mean.dtype, device=a.mean.device)
+    count_a, count_b = on_device(a.count, a.mean), on_device(b.count, a.mean)
     total = count_a + count_b
     share = count_b / total.clamp(min=1)
     delta = torch.where(count_b > 0, torch.where(count_a > 0, b.mean - a.mean, b.mean), 0)

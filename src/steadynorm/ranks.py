@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from steadynorm.errors import DistributedError, InputError
-from steadynorm.moments import Moments, merge_rows
+from steadynorm.moments import Moments, merge_rows, on_device
 
 REMEMBERED_CALLS = 32
 """Calls of a layer whose merged Moments are kept for a recomputation, the newest: 1 kB each at 32 channels."""
@@ -68,7 +68,7 @@ class Ranks:
                 the batch is another than the first time.
         """
         channels = local.mean.shape[0]
-        count = local.count if isinstance(local.count, Tensor) else local.mean.new_full((), local.count)
+        count = local.count if isinstance(local.count, Tensor) else on_device(local.count, local.mean)
         sent = torch.cat([local.mean.double(), local.var.double(), count.reshape(-1).double()])
         is_eager = not torch.compiler.is_compiling()
         found = self._calls.find(sent, channels, self.name) if is_eager and _is_in_backward() else None
@@ -76,7 +76,7 @@ class Ranks:
             rows = self._gather(sent).view(self.size, -1)
             mean, var, counts = rows[:, :channels], rows[:, channels : 2 * channels], rows[:, 2 * channels :]
             merged = merge_rows(Moments(mean, var, counts))
-            found = Moments(merged.mean, merged.var, torch.as_tensor(merged.count).reshape(count.shape))
+            found = Moments(merged.mean, merged.var, on_device(merged.count, merged.mean).reshape(count.shape))
             if is_eager and self.may_run_again and not _is_in_backward():
                 self._calls.remember(sent, found)
         return found

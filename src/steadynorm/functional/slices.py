@@ -1,5 +1,7 @@
 """Batch normalization of slices of a batch, each by its own statistics."""
 
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -123,9 +125,14 @@ def normalize_slices(
         y, mean, var = _forward(*tensors, settings)
     values = grouping.values_per_group
     each = values // sum(sizes)
-    counts = sizes[0] * each if len(set(sizes)) == 1 else torch.tensor(sizes, device=mean.device) * each
-    merged = merge_rows(Moments(mean, var, counts))
+    merged = merge_rows(Moments(mean, var, sizes[0] * each if len(set(sizes)) == 1 else _counts(sizes, each, mean)))
     return y, Moments(merged.mean, merged.var, values)
+
+
+def _counts(sizes: Sequence[int], each: int, like: Tensor) -> Tensor:
+    """Values behind each slice, made on the device, run by run of equal sizes: a copy from the host would wait."""
+    runs = [like.new_full((len([*run]),), size * each) for size, run in groupby(sizes)]
+    return torch.cat(runs)
 
 
 def _is_for_kernels(

@@ -20,7 +20,7 @@ from steadynorm.functional.batch import check_extras, count_of, flat_mask, is_pa
 from steadynorm.functional.packing import Packing, pack, unpack
 from steadynorm.grouping import Grouping, dense_like
 from steadynorm.kernels import FROM_OUTPUT, ops, reference
-from steadynorm.moments import Moments, merge
+from steadynorm.moments import Moments, merge, on_device
 
 OPS = torch.ops.steadynorm
 
@@ -70,7 +70,7 @@ class _Together(torch.autograd.Function):
             call.normalize(x, *grouping, mean, var, weight, bias, residual, flat_mask(mask, grouping), eps, activation)
             for (x, residual, mask), grouping in zip(parts, groupings, strict=True)
         ]
-        count = torch.as_tensor(merged.count, dtype=mean.dtype, device=mean.device)
+        count = on_device(merged.count, mean)
         takes_output = [part.residual is not None and activation in FROM_OUTPUT for part in parts]
         sides = [
             y if takes else part.residual if activation is not None else None
@@ -166,8 +166,8 @@ def _composed(
     dtype = reference.statistics_dtype(parts[0].x)
     values = [x.to(dtype) if mask is None else torch.where(mask.unsqueeze(1), x, 0).to(dtype) for x, _, mask in parts]
     dims = [[0, *range(2, x.dim())] for x in values]
-    counts = torch.stack([torch.as_tensor(count_of(x, mask), dtype=dtype, device=x.device) for x, _, mask in parts])
     sums = torch.stack([x.sum(d) for x, d in zip(values, dims, strict=True)]).sum(0)
+    counts = torch.stack([on_device(count_of(x, mask), sums) for x, _, mask in parts])
     joined = total(torch.cat([sums, counts.sum().reshape(1)]))
     count = joined[-1].clamp(min=1)
     mean = joined[:-1] / count

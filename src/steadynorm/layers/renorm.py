@@ -13,7 +13,7 @@ from steadynorm.errors import InputError
 from steadynorm.layers import checks
 from steadynorm.layers.batch import BatchNorm
 from steadynorm.layers.running import Running
-from steadynorm.moments import Moments
+from steadynorm.moments import Moments, on_device
 
 Limits = Callable[[Tensor], tuple[Tensor | float, Tensor | float]]
 
@@ -107,7 +107,7 @@ class BatchRenorm(BatchNorm):
         mean, var = running.mean.to(moments.mean.dtype), running.var.to(moments.var.dtype)
         r = ((moments.var + self.eps) / (var + self.eps)).sqrt()
         d = (moments.mean - mean) / (var + self.eps).sqrt()
-        rmax, dmax = (torch.as_tensor(limit, dtype=r.dtype, device=r.device) for limit in (rmax, dmax))
+        rmax, dmax = (on_device(limit, r) for limit in (rmax, dmax))
         return r.clamp(1 / rmax, rmax).detach(), d.clamp(-dmax, dmax).detach()
 
     def _limits(self, running: Running) -> tuple[Tensor | float, Tensor | float]:
