@@ -31,6 +31,9 @@ def _moments(x, mask, span, sizes, TILE: tl.constexpr):
     Differences from a pivot are added in the lanes of a tile, each a short chain; the lanes by a tree. The pivot is the
     mean of the first chunk that has a valid value.
     """
+    OUTER: tl.constexpr = TILE[0]
+    INNER: tl.constexpr = TILE[1]
+    STAGES: tl.constexpr = TILE[3]
     ACC: tl.constexpr = TILE[4]
     unit, first, last = span
     channel, _ = channels(unit, sizes[1], TILE)
@@ -39,9 +42,9 @@ def _moments(x, mask, span, sizes, TILE: tl.constexpr):
     valid = is_valid(mask, at, there)
     values = tl.where(valid, load(x, offset, there, ACC), 0)
     pivot = total(values, TILE) / tl.maximum(total(valid.to(ACC), TILE), 1)
-    sums = tl.zeros((TILE[0], TILE[1]), ACC)
-    squares = tl.zeros((TILE[0], TILE[1]), ACC)
-    for chunk in tl.range(first, last, num_stages=TILE[3]):
+    sums = tl.zeros((OUTER, INNER), ACC)
+    squares = tl.zeros((OUTER, INNER), ACC)
+    for chunk in tl.range(first, last, num_stages=STAGES):
         offset, at, there = place(chunk, unit, sizes, TILE)
         values = load(x, offset, there, ACC)
         valid = is_valid(mask, at, there)
@@ -108,6 +111,7 @@ def _normalize(
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """y of a span; `statistics` and `affine` are values and pointers for its channels."""
+    STAGES: tl.constexpr = TILE[3]
     ACC: tl.constexpr = TILE[4]
     mean, var = statistics
     weight, bias = affine
@@ -117,7 +121,7 @@ def _normalize(
     scale = tl.rsqrt(var + EPS).to(ACC) * parameter(weight, channel, is_channel, 1.0, ACC)
     shift = parameter(bias, channel, is_channel, 0.0, ACC) - low * scale
     high, scale, shift = spread(high, TILE), spread(scale, TILE), spread(shift, TILE)
-    for chunk in tl.range(first, last, num_stages=TILE[3]):
+    for chunk in tl.range(first, last, num_stages=STAGES):
         offset, at, there = place(chunk, unit, sizes, TILE)
         z = (load(x, offset, there, ACC) - high) * scale + shift
         if residual is not None:
@@ -204,11 +208,15 @@ def _sums(
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Σ g·x̂ and Σ g of a span, in float64; g is written where there is a place for it."""
+    OUTER: tl.constexpr = TILE[0]
+    INNER: tl.constexpr = TILE[1]
+    STAGES: tl.constexpr = TILE[3]
+    ACC: tl.constexpr = TILE[4]
     unit, first, last = span
     constants = _constants(statistics, affine, unit, sizes[1], EPS, TILE)
-    products = tl.zeros((TILE[0], TILE[1]), TILE[4])
-    totals = tl.zeros((TILE[0], TILE[1]), TILE[4])
-    for chunk in tl.range(first, last, num_stages=TILE[3]):
+    products = tl.zeros((OUTER, INNER), ACC)
+    totals = tl.zeros((OUTER, INNER), ACC)
+    for chunk in tl.range(first, last, num_stages=STAGES):
         where = place(chunk, unit, sizes, TILE)
         normalized, g = _gradient(dy, x, side, mask, where, constants, ACTIVATION, TILE)
         products += g * normalized
@@ -257,12 +265,13 @@ def _input(
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, IS_GIVEN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dx of a span; `sums` are Σ g·x̂ / n and Σ g / n of its channels."""
+    STAGES: tl.constexpr = TILE[3]
     ACC: tl.constexpr = TILE[4]
     unit, first, last = span
     constants = _constants(statistics, affine, unit, sizes[1], EPS, TILE)
     slope = constants[2] * constants[3]
     product, constant = spread(sums[0].to(ACC), TILE), spread(sums[1].to(ACC), TILE)
-    for chunk in tl.range(first, last, num_stages=TILE[3]):
+    for chunk in tl.range(first, last, num_stages=STAGES):
         where = place(chunk, unit, sizes, TILE)
         normalized, g = _gradient(dy, x, side, mask, where, constants, ACTIVATION, TILE)
         if not IS_GIVEN:

@@ -66,13 +66,14 @@ def place(chunk, unit, sizes, TILE: tl.constexpr):
     OUTER: tl.constexpr = TILE[0]
     INNER: tl.constexpr = TILE[1]
     IS_ROWS: tl.constexpr = TILE[2]
+    ALIGN: tl.constexpr = TILE[5]
     if IS_ROWS:
         row = (tl.cast(chunk, tl.int64) * OUTER + tl.arange(0, OUTER))[:, None]
         column = (unit * INNER + tl.arange(0, INNER))[None, :]
         return row * group + column, row + column * 0, (row < outer) & (column < group)
     else:
         # Says to the compiler what divides it, which is what makes loads wide.
-        inner = inner // TILE[5] * TILE[5]
+        inner = inner // ALIGN * ALIGN
         blocks = tl.cdiv(inner, INNER)
         sample = (tl.cast(chunk // blocks, tl.int64) * OUTER + tl.arange(0, OUTER))[:, None]
         position = ((chunk % blocks) * INNER + tl.arange(0, INNER))[None, :]
