@@ -59,15 +59,15 @@ def launches(name: str) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]
     def record(kernel: Any, _: Tensor, programs: int, *arguments: Any, **options: Any) -> None:
         found.append((kernel, arguments, options))
 
-    start, count = triton_gpu._start, triton_gpu._multiprocessors
-    triton_gpu._start, triton_gpu._multiprocessors = record, lambda index: MULTIPROCESSORS  # type: ignore[assignment]
+    start, count = triton_gpu.start, triton_gpu._multiprocessors
+    triton_gpu.start, triton_gpu._multiprocessors = record, lambda index: MULTIPROCESSORS
     try:
         triton_gpu.forward(x, grouping, weight, bias, None, activation="relu")
         triton_gpu.forward(x, grouping, weight, bias, x, activation="relu")
         triton_gpu.backward(x, x, grouping, mean, var, weight, bias, None, None, activation="relu")
         triton_gpu.backward(x, x, grouping, mean, var, weight, bias, None, x, activation="relu", needs_dresidual=True)
     finally:
-        triton_gpu._start, triton_gpu._multiprocessors = start, count
+        triton_gpu.start, triton_gpu._multiprocessors = start, count
     return iter(found)
 
 

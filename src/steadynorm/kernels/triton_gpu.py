@@ -6,6 +6,7 @@ tensors, slowly, where the backend is asked for by name.
 
 import os
 import struct
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from steadynorm import moments as moments_
 from steadynorm.grouping import Grouping
+from steadynorm.kernels.gpu.start import start
 from steadynorm.moments import Moments
 
 if TYPE_CHECKING:
@@ -82,24 +84,36 @@ def _multiprocessors(index: int | None) -> int:
     return INTERPRETED if index is None else torch.cuda.get_device_properties(index).multi_processor_count
 
 
+@cache
+def _kernels() -> Any:
+    from steadynorm.kernels.gpu import batch
+
+    return batch
+
+
+@cache
+def _plan() -> "Callable[..., Launch]":
+    from steadynorm.kernels.gpu.launch import plan
+
+    return plan
+
+
 class Call:
     """One call on one tensor: its launch, the arguments that all kernels take, and the device they run on."""
 
     __slots__ = ("launch", "sizes", "x")
 
     def __init__(self, x: Tensor, grouping: Grouping) -> None:
-        from steadynorm.kernels.gpu.launch import plan
-
         index = x.device.index if x.is_cuda else None
-        self.x, self.sizes = x, tuple(grouping)
-        self.launch: Launch = plan(grouping, x.dtype == torch.float64, _multiprocessors(index))
+        self.x, self.sizes = x, grouping
+        self.launch: Launch = _plan()(grouping, x.dtype == torch.float64, _multiprocessors(index))
 
     def run(self, kernel: Any, splits: int, *arguments: Any, **constants: Any) -> None:
         """Launch a kernel over `splits` parts of every unit."""
         made = self.launch
         rest = (*self.sizes, made.chunks, splits, made.units)
         programs = made.units * splits
-        _start(kernel, self.x, programs, *arguments, *rest, TILE=made.tile, num_warps=made.warps, **constants)
+        start(kernel, self.x, programs, *arguments, *rest, **constants, TILE=made.tile, num_warps=made.warps)
 
     def merge(self, kernel: Any, *parts_and_results: Tensor) -> None:
         """Launch one of the two kernels that put parts together."""
@@ -107,7 +121,7 @@ class Call:
 
         group, splits = self.sizes[1], self.launch.splits
         parts = above(splits)
-        _start(
+        start(
             kernel,
             self.x,
             -(-group // MERGED_CHANNELS),
@@ -122,34 +136,21 @@ class Call:
         return torch.empty(shape, dtype=torch.float64, device=self.x.device)
 
 
-def _start(kernel: Any, x: Tensor, programs: int, *arguments: Any, **options: Any) -> None:
-    """Launch a kernel on the device of `x`."""
-    # Products are added without a rounding between: named, since Triton's default is about to change.
-    options["enable_fp_fusion"] = True
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            kernel[(programs,)](*arguments, **options)
-    else:
-        kernel[(programs,)](*arguments, **options)
-
-
 def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous().view(torch.uint8)
 
 
 def moments(x: Tensor, grouping: Grouping, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """See `steadynorm.kernels`."""
-    from steadynorm.kernels.gpu import batch
-
     call = Call(x, grouping)
     group, splits = grouping.group, call.launch.splits
-    mean, var = call.doubles(2, group)
+    mean, var = call.doubles(group), call.doubles(group)
     if splits == 1:
-        call.run(batch.moments, 1, x, _bytes(mask), mean, var, None, IS_WHOLE=True)
+        call.run(_kernels().moments, 1, x, _bytes(mask), mean, var, None, IS_WHOLE=True)
         return mean, var
     parts = call.doubles(3, splits, group)
-    call.run(batch.moments, splits, x, _bytes(mask), *parts, IS_WHOLE=False)
-    call.merge(batch.merge_moments, *parts, mean, var)
+    call.run(_kernels().moments, splits, x, _bytes(mask), *parts, IS_WHOLE=False)
+    call.merge(_kernels().merge_moments, *parts, mean, var)
     return mean, var
 
 
@@ -166,11 +167,9 @@ def normalize(
     activation: str | None = None,
 ) -> Tensor:
     """See `steadynorm.kernels`."""
-    from steadynorm.kernels.gpu import batch
-
     call, y = Call(x, grouping), torch.empty_like(x)
     tensors = (x, residual, _bytes(mask), y, mean, var, weight, bias)
-    call.run(batch.normalize, call.launch.sweeps, *tensors, EPS=eps, ACTIVATION=activation)
+    call.run(_kernels().normalize, call.launch.sweeps, *tensors, EPS=eps, ACTIVATION=activation)
     return y
 
 
@@ -185,15 +184,13 @@ def forward(
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """moments, then normalize: y, mean, var."""
-    from steadynorm.kernels.gpu import batch
-
     call = Call(x, grouping)
     if not call.launch.is_whole:
         mean, var = moments(x, grouping, mask)
         return normalize(x, grouping, mean, var, weight, bias, residual, mask, eps, activation), mean, var
-    y, (mean, var) = torch.empty_like(x), call.doubles(2, grouping.group)
+    y, mean, var = torch.empty_like(x), call.doubles(grouping.group), call.doubles(grouping.group)
     tensors = (x, residual, _bytes(mask), y, mean, var, weight, bias)
-    call.run(batch.forward, 1, *tensors, EPS=eps, ACTIVATION=activation)
+    call.run(_kernels().forward, 1, *tensors, EPS=eps, ACTIVATION=activation)
     return y, mean, var
 
 
@@ -219,14 +216,12 @@ def backward_sums(
 
 def _sums(call: Call, dy: Tensor, *tensors: Tensor | None, eps: float, activation: str | None) -> tuple[Tensor, Tensor]:
     """Σ g·x̂ and Σ g (group,), and g where there is a place for it among the tensors."""
-    from steadynorm.kernels.gpu import batch
-
     group, splits = call.sizes[1], call.launch.splits
-    dweight, dbias = call.doubles(2, group)
+    dweight, dbias = call.doubles(group), call.doubles(group)
     parts = call.doubles(2, splits, group) if splits > 1 else (dweight, dbias)
-    call.run(batch.sums, splits, dy, call.x, *tensors, *parts, EPS=eps, ACTIVATION=activation)
+    call.run(_kernels().sums, splits, dy, call.x, *tensors, *parts, EPS=eps, ACTIVATION=activation)
     if splits > 1:
-        call.merge(batch.merge_sums, *parts, dweight, dbias)
+        call.merge(_kernels().merge_sums, *parts, dweight, dbias)
     return dweight, dbias
 
 
@@ -259,11 +254,9 @@ def _input(
     activation: str | None,
     is_given: bool,
 ) -> Tensor:
-    from steadynorm.kernels.gpu import batch
-
     dx = torch.empty_like(call.x)
     constants = {"EPS": eps, "ACTIVATION": activation, "IS_GIVEN": is_given}
-    call.run(batch.input_gradient, call.launch.sweeps, dy, call.x, *tensors, dx, *statistics, **constants)
+    call.run(_kernels().input_gradient, call.launch.sweeps, dy, call.x, *tensors, dx, *statistics, **constants)
     return dx
 
 
@@ -284,8 +277,6 @@ def backward(
     needs_dresidual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """backward_sums, then backward_input: dx, dweight, dbias, and g (the gradient of the residual) if asked for."""
-    from steadynorm.kernels.gpu import batch
-
     call = Call(x, grouping)
     flat = _bytes(mask)
     count = mask.sum() if mask is not None and not is_given else None
@@ -293,9 +284,9 @@ def backward(
     g = torch.empty_like(x) if needs_dresidual else None
     affine = (mean, var, weight, bias)
     if call.launch.is_whole:
-        dx, (dweight, dbias) = torch.empty_like(x), call.doubles(2, grouping.group)
+        dx, dweight, dbias = torch.empty_like(x), call.doubles(grouping.group), call.doubles(grouping.group)
         tensors = (dy, x, residual, y, flat, g, dx, *affine, dweight, dbias, *numbers)
-        call.run(batch.backward, 1, *tensors, EPS=eps, ACTIVATION=activation, IS_GIVEN=is_given)
+        call.run(_kernels().backward, 1, *tensors, EPS=eps, ACTIVATION=activation, IS_GIVEN=is_given)
         return dx, dweight, dbias, g
     dweight, dbias = _sums(call, dy, residual, y, flat, g, *affine, eps=eps, activation=activation)
     statistics = (*affine, dweight, dbias, *numbers)
@@ -331,7 +322,7 @@ def ema_(
     # Triton takes a number as float32: what that leaves of it comes beside it.
     rest = weight - struct.unpack("f", struct.pack("f", weight))[0]
     counts = (count, 0) if isinstance(count, Tensor) else (None, count)
-    _start(
+    start(
         ema,
         batch.mean,
         1,

@@ -34,7 +34,7 @@ def _moments(x, mask, span, sizes, TILE: tl.constexpr):
     OUTER: tl.constexpr = TILE[0]
     INNER: tl.constexpr = TILE[1]
     STAGES: tl.constexpr = TILE[3]
-    ACC: tl.constexpr = TILE[4]
+    ACC: tl.constexpr = tl.float64 if TILE[4] else tl.float32
     unit, first, last = span
     channel, _ = channels(unit, sizes[1], TILE)
     seen = tl.cast(channel * 0, tl.int64)
@@ -112,7 +112,7 @@ def _normalize(
 ):  # fmt: skip
     """y of a span; `statistics` and `affine` are values and pointers for its channels."""
     STAGES: tl.constexpr = TILE[3]
-    ACC: tl.constexpr = TILE[4]
+    ACC: tl.constexpr = tl.float64 if TILE[4] else tl.float32
     mean, var = statistics
     weight, bias = affine
     unit, first, last = span
@@ -165,7 +165,7 @@ def forward(
 @triton.jit
 def _constants(statistics, affine, unit, group, EPS: tl.constexpr, TILE: tl.constexpr):
     """What `_gradient` needs of each channel, as it meets a tile: high and low · invstd, invstd, weight, bias."""
-    ACC: tl.constexpr = TILE[4]
+    ACC: tl.constexpr = tl.float64 if TILE[4] else tl.float32
     mean, var = statistics
     channel, is_channel = channels(unit, group, TILE)
     high, low = halves(mean, ACC)
@@ -184,7 +184,7 @@ def _constants(statistics, affine, unit, group, EPS: tl.constexpr, TILE: tl.cons
 @triton.jit
 def _gradient(dy, x, side, mask, where, constants, ACTIVATION: tl.constexpr, TILE: tl.constexpr):
     """x̂ and g of a chunk, zero where nothing is valid. `side` is residual and y, of which one may tell z."""
-    ACC: tl.constexpr = TILE[4]
+    ACC: tl.constexpr = tl.float64 if TILE[4] else tl.float32
     offset, at, there = where
     high, low, invstd, weight, bias = constants
     residual, y = side
@@ -211,7 +211,7 @@ def _sums(
     OUTER: tl.constexpr = TILE[0]
     INNER: tl.constexpr = TILE[1]
     STAGES: tl.constexpr = TILE[3]
-    ACC: tl.constexpr = TILE[4]
+    ACC: tl.constexpr = tl.float64 if TILE[4] else tl.float32
     unit, first, last = span
     constants = _constants(statistics, affine, unit, sizes[1], EPS, TILE)
     products = tl.zeros((OUTER, INNER), ACC)
@@ -266,7 +266,7 @@ def _input(
 ):  # fmt: skip
     """dx of a span; `sums` are Σ g·x̂ / n and Σ g / n of its channels."""
     STAGES: tl.constexpr = TILE[3]
-    ACC: tl.constexpr = TILE[4]
+    ACC: tl.constexpr = tl.float64 if TILE[4] else tl.float32
     unit, first, last = span
     constants = _constants(statistics, affine, unit, sizes[1], EPS, TILE)
     slope = constants[2] * constants[3]

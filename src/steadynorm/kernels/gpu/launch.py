@@ -6,9 +6,6 @@ bits on the same device.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
-
-from triton import language as tl
 
 from steadynorm.grouping import Grouping
 
@@ -21,6 +18,8 @@ VALUES_PER_WARP = 512
 # programs.
 ROW_CHANNELS = 64
 FEW_ROWS = 1024
+# Loads in flight beside the ones that are used: other programs of the multiprocessor have theirs.
+STAGES = 1
 # Programs for each multiprocessor where a unit is split: the loads of some hide the sums of others.
 PROGRAMS = 8
 # And where it need not be split, since units alone are so many.
@@ -45,7 +44,7 @@ class Launch:
     `splits` is 1 where one program takes the statistics of a unit; `sweeps` are the splits where they are given.
     """
 
-    tile: tuple[Any, ...]
+    tile: tuple[int, int, bool, int, bool, int]
     units: int
     chunks: int
     splits: int
@@ -75,7 +74,7 @@ def plan(grouping: Grouping, is_double: bool, multiprocessors: int) -> Launch:
     sweeps = max(1, min(-(-multiprocessors * PROGRAMS // units), chunks // CHUNKS))
     is_whole = values <= WHOLE or units >= UNITS * multiprocessors
     align = min(grouping.inner & -grouping.inner, ALIGN)
-    tile = (outer, inner, grouping.is_rows, 1, tl.float64 if is_double else tl.float32, align)
+    tile = (outer, inner, grouping.is_rows, STAGES, is_double, align)
     warps = max(1, min(WARPS, outer * inner // VALUES_PER_WARP))
     return Launch(tile, units, chunks, 1 if is_whole else min(sweeps, PARTS), sweeps, warps)
 

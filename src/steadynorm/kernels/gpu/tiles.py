@@ -9,9 +9,9 @@ channels. Its values are cut into chunks, each a tile of OUTER × INNER:
 so that one kernel serves both: what it does for a statistic goes through `total` and `spread`. Kernels hand on
 `sizes = (outer, group, inner)`, `span = (unit, first, last)`, a range of the chunks of a unit, and
 
-    TILE = (OUTER, INNER, IS_ROWS, STAGES, ACC, ALIGN)
+    TILE = (OUTER, INNER, IS_ROWS, STAGES, IS_DOUBLE, ALIGN)
 
-STAGES: loads in flight; ACC: the type of the arithmetic; ALIGN: a power of two that divides `inner`.
+STAGES: loads in flight; IS_DOUBLE: the arithmetic is float64, else float32; ALIGN: a power of two that divides `inner`.
 """
 
 import triton
