@@ -216,3 +216,16 @@ def test_a_device_that_lacks_something(monkeypatch):
     assert "7.5, bfloat16 needs 8.0" in triton_gpu._lacks(torch.bfloat16, 1)
     assert "6.1, Triton needs 7.0" in triton_gpu._lacks(torch.float32, 0)
     triton_gpu._lacks.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("is_here", "compiler", "reason"),
+    [(False, "gcc", "there is no CUDA device"), (True, None, "needs a C compiler"), (True, "gcc", "")],
+)
+def test_why_it_cannot_run_here(is_here, compiler, reason, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_here)
+    monkeypatch.setattr("shutil.which", lambda name: compiler and f"/usr/bin/{name}")
+    assert reason in triton_gpu._missing.__wrapped__()
+    assert bool(reason) == bool(triton_gpu._missing.__wrapped__())

@@ -5,7 +5,9 @@ tensors, slowly, where the backend is asked for by name.
 """
 
 import os
+import shutil
 import struct
+import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -26,6 +28,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Triton compiles for Volta and newer; bfloat16 is in Ampere and newer.
 CAPABILITY = (7, 0)
 BRAIN_CAPABILITY = (8, 0)
+COMPILERS = ("gcc", "clang")
 # Multiprocessors that the interpreter counts as: few, and yet small tensors are split.
 INTERPRETED = 4
 # Channels of a program of `merge_moments` and `ema`, whose work is small; float64 numbers that a warp holds of it.
@@ -63,9 +66,13 @@ def is_interpreted() -> bool:
 def _missing() -> str:
     if find_spec("triton") is None:
         return "triton is not installed"
-    if is_interpreted() or torch.cuda.is_available():
+    if is_interpreted():
         return ""
-    return "there is no CUDA device"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if sys.platform == "linux" and not (os.environ.get("CC") or any(map(shutil.which, COMPILERS))):
+        return "Triton needs a C compiler, and there is none: install gcc or clang, or name one with CC"
+    return ""
 
 
 @cache
