@@ -15,6 +15,7 @@ from steadynorm.kernels.gpu.tiles import (
     halves,
     is_valid,
     load,
+    numbers,
     own_span,
     parameter,
     place,
@@ -139,11 +140,9 @@ def normalize(
 ):  # fmt: skip
     """y = activation(weight · x̂ + bias + residual) for given mean and var (group,)."""
     span = own_span(chunks, splits, units)
-    channel, is_channel = channels(span[0], group, TILE)
-    mean = tl.load(mean + channel, mask=is_channel, other=0.0)
-    var = tl.load(var + channel, mask=is_channel, other=1.0)
+    statistics = numbers(mean, var, span[0], group, 1.0, TILE)
     sizes = (outer, group, inner)
-    _normalize(x, residual, mask, y, (mean, var), (weight, bias), span, sizes, EPS, ACTIVATION, TILE)
+    _normalize(x, residual, mask, y, statistics, (weight, bias), span, sizes, EPS, ACTIVATION, TILE)
 
 
 @triton.jit
@@ -234,13 +233,12 @@ def sums(
 ):  # fmt: skip
     """Σ g·x̂ and Σ g (splits, group), which `merge_sums` adds up where there is more than one split."""
     span = own_span(chunks, splits, units)
-    channel, is_channel = channels(span[0], group, TILE)
-    mean = tl.load(mean + channel, mask=is_channel, other=0.0)
-    var = tl.load(var + channel, mask=is_channel, other=1.0)
+    statistics = numbers(mean, var, span[0], group, 1.0, TILE)
     sizes = (outer, group, inner)
     dweight, dbias = _sums(
-        dy, x, (residual, y), mask, g_out, (mean, var), (weight, bias), span, sizes, EPS, ACTIVATION, TILE
+        dy, x, (residual, y), mask, g_out, statistics, (weight, bias), span, sizes, EPS, ACTIVATION, TILE
     )
+    channel, is_channel = channels(span[0], group, TILE)
     at = tl.cast(tl.program_id(0) // units, tl.int64) * group + channel
     tl.store(dweight_out + at, dweight, mask=is_channel)
     tl.store(dbias_out + at, dbias, mask=is_channel)
@@ -290,15 +288,12 @@ def input_gradient(
 ):  # fmt: skip
     """dx for sums (group,). `dy` is g where there is no activation."""
     span = own_span(chunks, splits, units)
-    channel, is_channel = channels(span[0], group, TILE)
-    mean = tl.load(mean + channel, mask=is_channel, other=0.0)
-    var = tl.load(var + channel, mask=is_channel, other=1.0)
+    statistics = numbers(mean, var, span[0], group, 1.0, TILE)
+    dweight, dbias = numbers(dweight, dbias, span[0], group, 0.0, TILE)
     n = tl.maximum(count_of(count, plain_count), 1)
-    dweight = tl.load(dweight + channel, mask=is_channel, other=0.0) / n
-    dbias = tl.load(dbias + channel, mask=is_channel, other=0.0) / n
     _input(
-        dy, x, (residual, y), mask, dx, (mean, var), (weight, bias), (dweight, dbias), span, (outer, group, inner),
-        EPS, ACTIVATION, IS_GIVEN, TILE,
+        dy, x, (residual, y), mask, dx, statistics, (weight, bias), (dweight / n, dbias / n), span,
+        (outer, group, inner), EPS, ACTIVATION, IS_GIVEN, TILE,
     )  # fmt: skip
 
 
@@ -311,11 +306,10 @@ def backward(
     """`sums`, then `input_gradient`, of a unit whose values a cache holds meanwhile."""
     span = own_span(chunks, splits, units)
     sizes = (outer, group, inner)
-    channel, is_channel = channels(span[0], group, TILE)
-    mean = tl.load(mean + channel, mask=is_channel, other=0.0)
-    var = tl.load(var + channel, mask=is_channel, other=1.0)
-    side, statistics, affine = (residual, y), (mean, var), (weight, bias)
+    statistics = numbers(mean, var, span[0], group, 1.0, TILE)
+    side, affine = (residual, y), (weight, bias)
     dweight, dbias = _sums(dy, x, side, mask, g_out, statistics, affine, span, sizes, EPS, ACTIVATION, TILE)
+    channel, is_channel = channels(span[0], group, TILE)
     tl.store(dweight_out + channel, dweight, mask=is_channel)
     tl.store(dbias_out + channel, dbias, mask=is_channel)
     n = tl.maximum(count_of(count, plain_count), 1)

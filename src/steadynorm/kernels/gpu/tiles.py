@@ -128,6 +128,16 @@ def parameter(pointer, channel, is_channel, default, ACC: tl.constexpr):
 
 
 @triton.jit
+def numbers(one, two, unit, group, default, TILE: tl.constexpr):
+    """Two numbers of each channel of a unit, as the span works with them: mean and var, or the two sums."""
+    channel, is_channel = channels(unit, group, TILE)
+    return (
+        tl.load(one + channel, mask=is_channel, other=0.0),
+        tl.load(two + channel, mask=is_channel, other=default),
+    )
+
+
+@triton.jit
 def count_of(count, plain_count):
     """A count that is a tensor () or, None, a number; in float64."""
     if count is None:
