@@ -74,6 +74,11 @@ def _other(model):
     return model
 
 
+def vectors_of_another_start():
+    """Spectral norms of length 1, as they should be, of another network."""
+    return spectral(lambda model: _other(model))
+
+
 def one_value():
     """As many groups as channels, after the image is gone."""
     return train(
@@ -112,6 +117,7 @@ PLANTED = [
     Case("tracking toggled, statistics fit", with_change("stem.1", toggle), of("SN205", "stem.1")),
     Case("trained in bfloat16", coarse, of("SN206", "1", "4"), **HALF),
     Case("averaged spectral vectors", averaged_vectors, of("SN208", "1", "3")),
+    Case("spectral vectors of another start", vectors_of_another_start, of("SN208", "1", "3")),
     Case(
         "own buffers, training=True",
         with_change("block1.bn1", by_batch_with_own_buffers),

@@ -316,15 +316,16 @@ class SpectralVectors:
     Args:
         path: of the layer whose weight is divided.
         u_norm, v_norm: their lengths.
-        norm_after: largest singular value of the weight that evaluation computes with, where 1 is promised; None where
-            the lengths are 1 and it was not taken.
+        norm_after: largest singular value of the weight that evaluation computes with, where 1 is promised.
+        is_fresh: whether no forward in training mode has computed the weight yet, as far as that can be seen.
     """
 
     path: str
     u_norm: float
     v_norm: float
-    norm_after: float | None = None
+    norm_after: float
     dtype: str = "float32"
+    is_fresh: bool = False
 
 
 # How far from 1 a length may be: the rounding of float32 is a thousand times less.
