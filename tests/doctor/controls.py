@@ -205,6 +205,18 @@ def meta_learner():
     return model
 
 
+def projected(split, batch_size=32, seed=0):
+    """Digits by 30 random projections, about normal, and what they are."""
+    mix = torch.randn(64, 30, generator=torch.Generator().manual_seed(0)) / 4
+    return [(x.flatten(1) @ mix, y) for x, y in digits.batches(split, batch_size, seed)]
+
+
+def of_features():
+    return nn.Sequential(
+        nn.BatchNorm1d(30), nn.Linear(30, 24, bias=False), nn.BatchNorm1d(24), nn.Tanh(), nn.Linear(24, 10)
+    )
+
+
 HALF = {"batches": lambda: halves("test"), "train_batches": lambda: halves("train")}
 
 CONTROLS = [
@@ -233,5 +245,11 @@ CONTROLS = [
     Case("statistics that adapt by a switch", adapting_switch),
     Case("half precision with float32 norms", half_with_float_norms, **HALF),
     Case("statistics of the last batch by intent", meta_learner),
+    Case(
+        "features of no tails into a norm",
+        lambda: train(of_features(), batches=projected),
+        batches=lambda: projected("test"),
+        train_batches=lambda: projected("train"),
+    ),
     Case("dense, everything frozen", lambda: train(mlp()).requires_grad_(False)),
 ]

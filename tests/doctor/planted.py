@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from steadynorm.recipes import digits
 from tests.doctor.cases import NORMS, Case, of, train, trained, with_change
-from tests.doctor.controls import HALF, DenseBlock, dimmed, halves, spectral
+from tests.doctor.controls import HALF, DenseBlock, dimmed, halves, of_features, projected, spectral
 from tests.doctor.networks import convolutional
 
 DIMMED = {"batches": lambda: dimmed("test"), "train_batches": lambda: dimmed("train")}
@@ -96,7 +96,19 @@ def shifted(split):
     return [(100 + x.bfloat16(), y) for x, y in digits.batches(split, 32, 0)]
 
 
+def heavy(split, batch_size=32, seed=0):
+    """Features of which a few are thousands of times the others."""
+    return [((4 * x).exp(), y) for x, y in projected(split, batch_size, seed)]
+
+
 PLANTED = [
+    Case(
+        "heavy tails into a norm",
+        lambda: train(of_features(), batches=heavy),
+        of("SN102", "0"),
+        batches=lambda: heavy("test"),
+        train_batches=lambda: heavy("train"),
+    ),
     Case("one value per statistic", one_value, of("SN103", "5")),
     Case(
         "momentum of another library",

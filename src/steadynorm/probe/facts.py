@@ -179,11 +179,14 @@ class Values:
         per_sample: values per statistic that each sample adds.
         independent_per_sample: the same, counted as independent values: values of one image resemble each other, and
             var(all) / var(means of samples) of them are worth as much as that many unrelated ones.
+        tails: how much the variance varies from batch to batch, beside that of as many independent values of a normal
+            distribution: about 1, and far more where rare values decide it. None where it is not known.
     """
 
     path: str
     per_sample: float
     independent_per_sample: float | None = None
+    tails: float | None = None
 
 
 @dataclass(frozen=True)
