@@ -251,5 +251,15 @@ CONTROLS = [
         batches=lambda: projected("test"),
         train_batches=lambda: projected("train"),
     ),
+    Case(
+        "loaded without counters",
+        trained,
+        checkpoint=lambda model: {k: v for k, v in model.state_dict().items() if "num_batches" not in k},
+    ),
+    Case(
+        "loaded from the checkpoint of a wrapper",
+        trained,
+        checkpoint=lambda model: {"model": {f"module._orig_mod.{k}": v for k, v in model.state_dict().items()}},
+    ),
     Case("dense, everything frozen", lambda: train(mlp()).requires_grad_(False)),
 ]

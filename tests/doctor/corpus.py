@@ -53,6 +53,7 @@ def row(case: Case) -> Row:
         model = case.make()
     judged = {"loss": case.loss, "metrics": digits.metrics if case.loss is digits.loss else None}
     given = {"train_batches": case.train_batches, "optimizer": case.optimizer(model), "step": case.step, **judged}
+    given["checkpoint"] = case.checkpoint(model)
     diagnosis = doctor.examine(model, case.batches, **given)
     found = {(f.code, f.where) for f in diagnosis.findings if case.notes or f.severity != "note"}
     seconds = time.perf_counter() - start

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from steadynorm.recipes import digits
-from tests.doctor.cases import NORMS, Case, of, train, trained, with_change
+from tests.doctor.cases import NORMS, Case, cumulative, of, reset_all, train, trained, with_change
 from tests.doctor.controls import HALF, DenseBlock, dimmed, halves, of_features, projected, spectral
 from tests.doctor.networks import convolutional
 
@@ -96,6 +96,36 @@ def shifted(split):
     return [(100 + x.bfloat16(), y) for x, y in digits.batches(split, 32, 0)]
 
 
+def uncounted(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked.zero_()
+    return model
+
+
+def parameters(model):
+    """A checkpoint of weights and biases alone."""
+    return dict(model.named_parameters())
+
+
+def without(*names):
+    """A checkpoint without the buffers of these names."""
+    return lambda model: {k: v for k, v in model.state_dict().items() if not k.endswith(names)}
+
+
+def renamed(model):
+    """A checkpoint from when the first norm of the second block had another name."""
+    return {key.replace("block2.bn1.running", "block2.norm1.running"): v for key, v in model.state_dict().items()}
+
+
+def weights_alone():
+    """Trained on digits of another contrast and loaded, weights alone, over what was trained on the usual ones."""
+    model = trained()
+    tuned = train(trained(), lr=0.02, batches=lambda split, size, seed: dimmed(split))
+    model.load_state_dict(parameters(tuned), strict=False)
+    return model
+
+
 def heavy(split, batch_size=32, seed=0):
     """Features of which a few are thousands of times the others."""
     return [((4 * x).exp(), y) for x, y in projected(split, batch_size, seed)]
@@ -108,6 +138,38 @@ PLANTED = [
         of("SN102", "0"),
         batches=lambda: heavy("test"),
         train_batches=lambda: heavy("train"),
+    ),
+    Case(
+        "checkpoint of parameters alone",
+        lambda: reset_all(trained()),
+        of("SN207", *NORMS),
+        checkpoint=parameters,
+    ),
+    Case(
+        "statistics of one layer under another name",
+        with_change("block2.bn1", lambda bn: bn.reset_running_stats()),
+        of("SN207", "block2.bn1"),
+        checkpoint=renamed,
+    ),
+    Case(
+        "weights loaded over another training",
+        weights_alone,
+        # All but one, whose statistics are much the same for both contrasts.
+        of("SN207", *(path for path in NORMS if path != "block1.bn2")),
+        checkpoint=parameters,
+        **DIMMED,
+    ),
+    Case(
+        "counter of a cumulative average lost",
+        lambda: uncounted(cumulative(is_recalibrated=True)),
+        of("SN207", "1", "4"),
+        checkpoint=without("num_batches_tracked"),
+    ),
+    Case(
+        "statistics that the model has no place for",
+        lambda: train(convolutional(lambda c: nn.BatchNorm2d(c, track_running_stats=False))),
+        of("SN207", "1", "4") | of("SN801", "1"),  # behind the first leak the second is not told
+        checkpoint=lambda model: train(convolutional(nn.BatchNorm2d)).state_dict(),
     ),
     Case("one value per statistic", one_value, of("SN103", "5")),
     Case(

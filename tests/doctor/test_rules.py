@@ -35,7 +35,7 @@ def example(rule, name):
 
 def codes_found(rule, name):
     names = example(rule, name)
-    given = {name: names.get(name) for name in ("train_batches", "loss", "optimizer", "step")}
+    given = {name: names.get(name) for name in ("train_batches", "loss", "optimizer", "step", "checkpoint")}
     # What is off by default is selected; the others are found among all.
     select = () if is_on(rule) else [code_of(rule)]
     result = doctor.examine(names["model"], names["batches"], select=select, **given)

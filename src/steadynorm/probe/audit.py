@@ -21,9 +21,9 @@ from steadynorm.errors import SteadynormError
 from steadynorm.probe.effects import Loss
 from steadynorm.probe.optimizer import remember_optimizer
 from steadynorm.probe.samples import tensors_in
-from steadynorm.probe.state import STATISTICS
 from steadynorm.probe.trace import Forward, ForwardRaised, NotPossible, seed
 from steadynorm.probe.training_facts import Audit, NormStep, Phase
+from steadynorm.weights import STATISTICS
 
 Step = Callable[[nn.Module, Any], Any]
 """A training step of the user's own: (model, batch), with forward, backward and optimizer in it."""

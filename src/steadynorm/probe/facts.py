@@ -4,12 +4,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from steadynorm.probe.training_facts import Audit, Axes, Held, Inputs, Likeness, Padding, Program, Ranks, Shared
+from steadynorm.probe.training_facts import (
+    Audit,
+    Axes,
+    Checkpoint,
+    Held,
+    Inputs,
+    Likeness,
+    Padding,
+    Program,
+    Ranks,
+    Shared,
+)
 
-Part = Literal["program", "state", "optimizer", "data", "forward", "training", "drift", "isolation", "audit"]
+Part = Literal[
+    "program", "state", "checkpoint", "optimizer", "data", "forward", "training", "drift", "isolation", "audit"
+]
 PARTS: tuple[Part, ...] = (
     "program",
     "state",
+    "checkpoint",
     "optimizer",
     "data",
     "forward",
@@ -18,8 +32,8 @@ PARTS: tuple[Part, ...] = (
     "isolation",
     "audit",
 )
-# What needs no batches: the model and its optimizer, at rest.
-AT_REST: frozenset[Part] = frozenset({"program", "state", "optimizer"})
+# What needs no batches: the model, what it was loaded from and its optimizer, at rest.
+AT_REST: frozenset[Part] = frozenset({"program", "state", "checkpoint", "optimizer"})
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,7 @@ class Norm:
 
 
 HALF = ("bfloat16", "float16")
+MEAN_AND_VARIANCE = frozenset({"running_mean", "running_var"})
 # A channel whose input varies by less than this is dead.
 DEAD_VARIANCE = 1e-8
 # Weight of the initial statistics in the running ones from which on they are no statistics of the data.
@@ -359,6 +374,7 @@ class Facts:
         hard_coded: modules that, in evaluation mode, call for a batch norm by the batch with a constant.
         rescaled: layers whose weight is normalised, and by what.
         averaged: norms in a network of averaged weights, and what averages them.
+        checkpoint: what the model was loaded from, beside what it has.
         shared: norms that one pass calls several times.
         padding: sequences that are filled up, and the norms that count it.
         ranks: the processes, where there is a process group or a model that is wrapped for one.
@@ -390,6 +406,7 @@ class Facts:
     hard_coded: tuple[str, ...] = ()
     rescaled: Mapping[str, str] = field(default_factory=dict)
     averaged: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
     shared: Mapping[str, Shared] = field(default_factory=dict)
     ranks: Ranks | None = None
     padding: Padding | None = None
@@ -402,6 +419,12 @@ class Facts:
     audit: Audit | None = None
     failures: tuple[Failure, ...] = ()
     skipped: Mapping[Part, str] = field(default_factory=dict)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Paths of the norms whose running statistics are not in the checkpoint that the model was loaded from."""
+        missing = {} if self.checkpoint is None else self.checkpoint.missing
+        return tuple(path for path, names in missing.items() if MEAN_AND_VARIANCE & set(names))
 
     @property
     def was_trained_evaluating(self) -> bool:

@@ -8,8 +8,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from steadynorm import models
 from steadynorm.probe.facts import DEAD_VARIANCE, Norm
+from steadynorm.weights import STATISTICS
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # Averaging wrappers without a counter: timm's and ema-pytorch's.
 AVERAGES = ("ModelEma", "ModelEmaV2", "ModelEmaV3", "EMA", "ExponentialMovingAverage")
 # A channel is dead if its weight is so much less than the largest one.

@@ -211,3 +211,23 @@ class Padding:
     evaluating: str
     training: str
     change: float | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a model was loaded from, beside what the model has, by name.
+
+    Args:
+        missing: by path of a norm, the buffers of its running statistics that the checkpoint has not, or not in this
+            shape.
+        homeless: by path in the checkpoint, running statistics that it has and the model has not.
+        missing_others, unknown_others: all other names that only the model has, or only the checkpoint.
+        shared, differing: how many tensors both have in one shape; how many of those are not the same in both.
+    """
+
+    missing: Mapping[str, tuple[str, ...]]
+    homeless: Mapping[str, tuple[str, ...]]
+    missing_others: tuple[str, ...]
+    unknown_others: tuple[str, ...]
+    shared: int
+    differing: int

@@ -40,7 +40,7 @@ def check(facts: Facts) -> Iterator[Finding]:
     """One finding for each norm of averaged weights whose statistics are farther from the data than chance."""
     for path, by in facts.averaged.items():
         drift = facts.drift.get(path)
-        if drift is None or not drift.is_beyond_chance or drift.effect is None or facts.is_fresh:
+        if path in facts.lost or drift is None or not drift.is_beyond_chance or drift.effect is None or facts.is_fresh:
             continue
         severity, gain = severity_of(drift.effect), gain_of(drift.effect)
         fix = Fix("Recalibrate the statistics of the averaged weights.", True, fixes.recalibrate_, (path,))
