@@ -188,11 +188,20 @@ class Ranks:
         keeps_buffers_apart: whether a DistributedDataParallel was told not to broadcast buffers.
         apart: by path, the largest divergence of the running statistics of a process from those of the first; None
             where they were not compared.
+        synchronised: by path of a synchronised norm, the processes whose batches are one batch for it.
+        trained: by path of a norm inside a DistributedDataParallel, the processes whose gradients that averages.
+        unreduced: by path of such a norm, its parameters that take a gradient and are none of the wrapper's.
+        synchronised_on: by path, on how many of the processes the norm is a synchronised one, where that is not the
+            same on all; None where they were not compared.
     """
 
     processes: int
     keeps_buffers_apart: bool = False
     apart: Mapping[str, float] | None = None
+    synchronised: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    unreduced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    synchronised_on: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
