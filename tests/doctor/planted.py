@@ -9,7 +9,17 @@ from torch.nn import functional as F
 
 from steadynorm.recipes import digits
 from tests.doctor.cases import NORMS, Case, cumulative, of, reset_all, train, trained, with_change
-from tests.doctor.controls import HALF, DenseBlock, dimmed, halves, of_features, projected, spectral
+from tests.doctor.controls import (
+    BRIGHT,
+    HALF,
+    DenseBlock,
+    by_hand,
+    dimmed,
+    halves,
+    of_features,
+    projected,
+    spectral,
+)
 from tests.doctor.networks import convolutional
 
 DIMMED = {"batches": lambda: dimmed("test"), "train_batches": lambda: dimmed("train")}
@@ -205,6 +215,7 @@ PLANTED = [
         transferred(lambda: train(DenseBlock()), 24),
         of("SN302", "0.norm1", "0.norm2", "0.norm3"),
     ),
+    Case("norm by hand in float16", lambda: by_hand(is_wide=False), of("SN502", "1"), **BRIGHT),
     Case(
         "features far from zero",
         raw_features,

@@ -11,9 +11,11 @@ from steadynorm.probe.training_facts import (
     Held,
     Inputs,
     Likeness,
+    Overflow,
     Padding,
     Program,
     Ranks,
+    Regression,
     Shared,
 )
 
@@ -138,6 +140,7 @@ class Call:
         offset: of what a norm is given in half precision: |mean| / deviation of the worst channel.
         is_training: whether the module was in training mode in this call, though the pass is one of evaluation.
         drops: whether it was a dropout layer that dropped.
+        maker: the module that made the first output; of a container that hands it on, the one inside.
     """
 
     path: str
@@ -150,6 +153,7 @@ class Call:
     axes: Axes | None = None
     is_training: bool = False
     drops: bool = False
+    maker: str = ""
 
 
 @dataclass(frozen=True)
@@ -382,6 +386,8 @@ class Facts:
         correction: what makes the evaluation inputs those that the first norm has learned.
         bare_layer: the first layer with weights, where no norm is before it.
         inputs, likeness: of the training batches: their scale, and whether they are alike.
+        overflows: norms of other classes that lose their output in float16.
+        regression: a norm that makes the output of a model which is trained on numbers.
         held: how the optimizer holds the parameters.
         audit: one training step.
         training_gap: between training and evaluation mode on the same batches, with recalibrated statistics: what the
@@ -415,6 +421,8 @@ class Facts:
     bare_layer: str = ""
     inputs: Inputs | None = None
     likeness: Likeness | None = None
+    overflows: tuple[Overflow, ...] = ()
+    regression: Regression | None = None
     held: Held | None = None
     audit: Audit | None = None
     failures: tuple[Failure, ...] = ()

@@ -17,10 +17,12 @@ from steadynorm.probe import (
     instances,
     isolation,
     optimizer,
+    overflow,
     padding,
     preprocessing,
     programs,
     ranks,
+    regression,
     spectral,
     state,
 )
@@ -244,6 +246,8 @@ class Observer:
         self.found["values"] = bias.values(self.found["calls"], self.found["norms"], count)
         self.found["bare_layer"] = bias.bare_layer(self.model, self.found["calls"], self.found["norms"])
         self.found["padding"] = padding.padding(self.model, self.here[0], self.forward, self.found["norms"])
+        self.found["overflows"] = overflow.overflows(self.model, self.here[0], self.forward, self.found["calls"])
+        self.found["regression"] = regression.regression(self.model, self.here[0], output, self.found["calls"])
         if paths := instances.tracking(self.found["norms"]):
             few = self.here[: max(1, GAP_SAMPLES // count)]
             self.found["instance_gap"] = instances.gap(self.model, few, self.forward, self.task, paths)

@@ -38,6 +38,12 @@ def frozen_layers(model: nn.Module) -> frozenset[str]:
     return frozenset() if "" in frozen else frozenset(frozen)
 
 
+def is_norm_by_name(module: nn.Module) -> bool:
+    """Whether it is a norm that is neither torch's nor ours, by the name of its class, with nothing inside it."""
+    is_named = "norm" in type(module).__name__.lower() and not any(module.children())
+    return is_named and models.norm_kind(module) is None and not type(module).__module__.startswith("torch.")
+
+
 def dropping(model: nn.Module) -> tuple[str, ...]:
     """Paths of the dropout layers that are in training mode, now that the model is in evaluation mode."""
     return tuple(path for path, module in model.named_modules() if is_dropping(module))

@@ -240,3 +240,38 @@ class Checkpoint:
     unknown_others: tuple[str, ...]
     shared: int
     differing: int
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A norm that is not torch's, in float16, whose output in float32 is another.
+
+    Args:
+        largest: magnitude in what it was given.
+        change: of its output, relative to the largest value of the one in float32.
+    """
+
+    path: str
+    class_name: str
+    largest: float
+    change: float
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A norm whose output is the model's, and numbers that it is trained on.
+
+    Args:
+        norm: its path.
+        reach: root mean square of its weight, which is the deviation of its output in training.
+        target: deviation of the targets, root mean square over their columns.
+    """
+
+    norm: str
+    reach: float
+    target: float
+
+    @property
+    def out_of_reach(self) -> float:
+        """Share of the variance of the targets that an output of this deviation misses, however right it is."""
+        return max(0.0, 1 - self.reach / self.target) ** 2 if self.target else 0.0
