@@ -136,6 +136,29 @@ def weights_alone():
     return model
 
 
+def federated():
+    """Parameters averaged over clients whose digits have other contrasts, with the statistics of the first client."""
+    clients = [
+        train(trained(), lr=0.02, batches=lambda split, size, seed, c=c: contrast(split, c)) for c in (0.4, 1.0, 2.5)
+    ]
+    with torch.no_grad():
+        for parameters in zip(*(client.parameters() for client in clients), strict=True):
+            parameters[0].copy_(torch.stack(parameters).mean(0))
+    return clients[0]
+
+
+def contrast(split, factor):
+    return [(x * factor, y) for x, y in digits.batches(split, 32, 0)]
+
+
+def of_all_clients(split):
+    """Digits of all contrasts in every batch."""
+    return [
+        (x * torch.tensor((0.4, 1.0, 2.5))[torch.arange(len(x)) % 3][:, None, None, None], y)
+        for x, y in digits.batches(split, 32, 0)
+    ]
+
+
 def heavy(split, batch_size=32, seed=0):
     """Features of which a few are thousands of times the others."""
     return [((4 * x).exp(), y) for x, y in projected(split, batch_size, seed)]
@@ -160,6 +183,14 @@ PLANTED = [
         with_change("block2.bn1", lambda bn: bn.reset_running_stats()),
         of("SN207", "block2.bn1"),
         checkpoint=renamed,
+    ),
+    Case(
+        "federated average of parameters alone",
+        federated,
+        # In the later layers it changes little, once these are mended.
+        of("SN203", "stem.1", "block1.bn1", "block1.bn2"),
+        batches=lambda: of_all_clients("test"),
+        train_batches=lambda: of_all_clients("train"),
     ),
     Case(
         "weights loaded over another training",

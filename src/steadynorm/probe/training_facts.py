@@ -30,6 +30,19 @@ class NormStep:
 
 
 @dataclass(frozen=True)
+class StaleCopy:
+    """A norm in a copy of a network, whose statistics are not those of the original's.
+
+    Args:
+        divergence: of the two.
+        is_initial: whether its own are the 0 and 1 that it was made with.
+    """
+
+    divergence: float
+    is_initial: bool
+
+
+@dataclass(frozen=True)
 class Audit:
     """One training step.
 
@@ -41,6 +54,8 @@ class Audit:
         helpers: of norms in networks that the model is not made of.
         copies: paths in `helpers`, and in `norms`, of networks that take no gradient and have a twin that does, with
             parameters of the same shapes, as moving averages have.
+        stale_copies: by path in `helpers` and in `norms`, norms of networks whose parameters follow another's, before
+            the step, and whose statistics do not.
         is_users: whether the step is one that the user gave, rather than forward, loss, backward and optimizer.
         left_evaluating: norms that trained before the step and are in evaluation mode after it.
         optimized: names of the model's parameters that any optimizer holds that took a step.
@@ -52,6 +67,7 @@ class Audit:
     norms: Mapping[str, NormStep] = field(default_factory=dict)
     helpers: Mapping[str, NormStep] = field(default_factory=dict)
     copies: frozenset[str] = frozenset()
+    stale_copies: Mapping[str, StaleCopy] = field(default_factory=dict)
     is_users: bool = False
     left_evaluating: tuple[str, ...] = ()
     optimized: frozenset[str] = frozenset()
