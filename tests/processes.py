@@ -79,7 +79,9 @@ def run_checks(*modules: str) -> list[str]:
 
 
 def _start(modules: str, folder: str, rank: int) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # The sources beside these tests, wherever an installed copy may point.
+    sources = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": sources}
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "tests.processes", modules, folder, str(rank)],
         cwd=ROOT,

@@ -18,9 +18,9 @@ import hashlib
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,7 +54,7 @@ REQUIRED = ("model", "batches")
 class Recipe:
     """How to make a model and its data.
 
-    `model` gives a fresh model, with the weights in it if `load` was given any. `lr` is the learning rate that
+    `model` gives a fresh model, with the weights in it if `load` was given any: `state`. `lr` is the learning rate that
     `optimizer` declares as its default. `spec` and `weights` are what `load` was given, and `fingerprint` changes when
     the recipe's file or its weights do.
     """
@@ -70,15 +70,17 @@ class Recipe:
     spec: str = ""
     weights: str | None = None
     fingerprint: str = ""
+    state: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
 
-def load(spec: str, weights: str | Path | None = None) -> Recipe:
+def load(spec: str, weights: str | Path | None = None, *, may_lack_statistics: bool = False) -> Recipe:
     """The recipe that `spec` names, with `weights` in its model if given.
 
     Args:
         spec: a shipped name (``digits``), a path to a ``.py`` file, or a dotted module. As ``python file.py`` and
             ``python -m module`` do, the file's folder or the current one goes to the front of ``sys.path``.
         weights: a ``.safetensors`` file, or a ``.pt`` or ``.pth`` one, which is opened without running code.
+        may_lack_statistics: see `weights.weights_into`; for the doctor, which says what is missing and what it costs.
 
     Raises:
         RecipeError: the recipe cannot be found or imported, or a piece is missing or wrong.
@@ -99,6 +101,7 @@ def load(spec: str, weights: str | Path | None = None) -> Recipe:
         spec=str(Path(spec).resolve()) if spec.endswith(".py") else spec,
         weights=None if weights is None else str(Path(weights).resolve()),
         fingerprint=_fingerprint(module, weights),
+        state=state,
     )
     if state is None:
         return recipe
@@ -106,7 +109,7 @@ def load(spec: str, weights: str | Path | None = None) -> Recipe:
 
     def model() -> nn.Module:
         made = build()
-        weights_into(made, state, source=str(weights))
+        weights_into(made, state, source=str(weights), may_lack_statistics=may_lack_statistics)
         return made
 
     model()  # weights that do not fit are refused here, not in the middle of a run

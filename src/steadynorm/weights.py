@@ -2,7 +2,7 @@
 
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ SUFFIXES = (".safetensors", ".pt", ".pth")
 # Where training scripts put the weights inside a checkpoint, and what wrappers put before each name.
 CHECKPOINT_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+# The buffers in which layers keep running statistics.
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 KEYS_SHOWN = 3
 
@@ -40,8 +43,33 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return _without_wrapping(_tensors(content, path))
 
 
-def weights_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+def unpacked(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file, see `read_weights`, or of a state_dict or checkpoint that is in memory, unwrapped alike.
+
+    Raises:
+        InputError: a file cannot be used, or there are no names and tensors.
+    """
+    if isinstance(checkpoint, Mapping):
+        return _without_wrapping(_tensors(checkpoint, "the checkpoint"))
+    return read_weights(Path(checkpoint))
+
+
+def wrapping(names: Collection[str]) -> str:
+    """What wrappers put before every one of `names`."""
+    for prefix in WRAPPER_PREFIXES:
+        if names and all(name.startswith(prefix) for name in names):
+            return prefix + wrapping([name.removeprefix(prefix) for name in names])
+    return ""
+
+
+def weights_into(
+    model: nn.Module, state: Mapping[str, Tensor], *, source: str, may_lack_statistics: bool = False
+) -> None:
     """Load `state` into `model`, every key and shape of it.
+
+    Args:
+        may_lack_statistics: running statistics may be missing, and names that the model does not have be left over: for
+            whoever looks at the model in order to say so. Parameters may not be missing.
 
     Raises:
         InputError: the names or shapes do not fit; the message has the first few.
@@ -49,23 +77,25 @@ def weights_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str) 
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]
+    if may_lack_statistics:
+        missing, unknown = [key for key in missing if key.rpartition(".")[2] not in STATISTICS], []
     shapes = [
         f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
         for key in own
         if key in state and isinstance(own[key], Tensor) and own[key].shape != state[key].shape
     ]
     faults = [
-        f"{label} {_first_few(keys)}"
+        f"{label} {first_few(keys)}"
         for label, keys in (("missing:", missing), ("not in the model:", unknown), ("of another shape:", shapes))
         if keys
     ]
     if faults:
-        raise InputError(
-            f"the weights in {source} do not fit the recipe's model: {'; '.join(faults)}; "
-            "give weights that were saved from the same model."
-        )
+        advice = "give weights that were saved from the same model"
+        if not unknown and not shapes and all(key.rpartition(".")[2] in STATISTICS for key in missing):
+            advice = "they lack running statistics alone: steadynorm doctor says what that costs, and recalibrates them"
+        raise InputError(f"the weights in {source} do not fit the recipe's model: {'; '.join(faults)}; {advice}.")
     try:
-        model.load_state_dict(dict(state))
+        model.load_state_dict(dict(state), strict=not may_lack_statistics)
     except RuntimeError as error:  # shapes of lazy modules, or a hook of the model's own
         raise InputError(f"the weights in {source} do not fit the recipe's model: {_in_a_line(error)}.") from error
 
@@ -74,7 +104,8 @@ def _kinds() -> str:
     return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
-def _first_few(keys: list[str]) -> str:
+def first_few(keys: list[str]) -> str:
+    """Some names, and how many more there are."""
     rest = len(keys) - KEYS_SHOWN
     return ", ".join(keys[:KEYS_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -110,7 +141,7 @@ def _read_pt(path: Path) -> Any:
         raise InputError(f"{path} cannot be read as weights: {_in_a_line(error)}.") from error
 
 
-def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
+def _tensors(content: Any, path: Path | str) -> dict[str, Tensor]:
     """The mapping of names to tensors inside `content`, or inside one of the usual keys of a checkpoint."""
     for mapping in _mappings(content):
         if mapping and all(isinstance(value, Tensor) for value in mapping.values()):
@@ -131,12 +162,10 @@ def _mappings(content: Any) -> Iterator[Mapping[Any, Any]]:
 
 def _held(content: Any) -> str:
     if isinstance(content, Mapping):
-        return f"the keys {_first_few([str(key) for key in content])}" if content else "nothing"
+        return f"the keys {first_few([str(key) for key in content])}" if content else "nothing"
     return type(content).__name__
 
 
 def _without_wrapping(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in WRAPPER_PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            return _without_wrapping({key.removeprefix(prefix): value for key, value in state.items()})
-    return state
+    prefix = wrapping(state)
+    return {key.removeprefix(prefix): value for key, value in state.items()}

@@ -49,6 +49,7 @@ class Case:
     notes: bool = False
     optimizer: Callable[[nn.Module], Any] = lambda model: sgd(model)
     step: Callable[[nn.Module, Any], Any] | None = None
+    checkpoint: Callable[[nn.Module], Any] = nn.Module.state_dict
 
 
 @cache
@@ -64,6 +65,7 @@ def diagnosis(case: Case) -> doctor.Diagnosis:
         metrics=metrics,
         optimizer=case.optimizer(model),
         step=case.step,
+        checkpoint=case.checkpoint(model),
     )
 
 

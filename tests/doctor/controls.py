@@ -205,6 +205,43 @@ def meta_learner():
     return model
 
 
+class HandNorm(nn.Module):
+    """A root mean square written by hand, in float32 or in whatever it is given."""
+
+    def __init__(self, is_wide=True):
+        super().__init__()
+        self.is_wide = is_wide
+
+    def forward(self, x):
+        y = x.float() if self.is_wide else x
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).type_as(x)
+
+
+def by_hand(is_wide=True):
+    """Trained in float32 on pixels up to 600, and cast to float16."""
+    model = nn.Sequential(nn.Flatten(), HandNorm(is_wide), nn.Linear(64, 10))
+    return train(model, batches=lambda split, size, seed: bright(split, torch.float32)).half()
+
+
+def bright(split, dtype=torch.float16):
+    return [((600 * x).to(dtype), y) for x, y in digits.batches(split, 32, 0)]
+
+
+BRIGHT = {"batches": lambda: bright("test"), "train_batches": lambda: bright("train")}
+
+
+def projected(split, batch_size=32, seed=0):
+    """Digits by 30 random projections, about normal, and what they are."""
+    mix = torch.randn(64, 30, generator=torch.Generator().manual_seed(0)) / 4
+    return [(x.flatten(1) @ mix, y) for x, y in digits.batches(split, batch_size, seed)]
+
+
+def of_features():
+    return nn.Sequential(
+        nn.BatchNorm1d(30), nn.Linear(30, 24, bias=False), nn.BatchNorm1d(24), nn.Tanh(), nn.Linear(24, 10)
+    )
+
+
 HALF = {"batches": lambda: halves("test"), "train_batches": lambda: halves("train")}
 
 CONTROLS = [
@@ -233,5 +270,22 @@ CONTROLS = [
     Case("statistics that adapt by a switch", adapting_switch),
     Case("half precision with float32 norms", half_with_float_norms, **HALF),
     Case("statistics of the last batch by intent", meta_learner),
+    Case("norm by hand, in float32 inside float16", by_hand, **BRIGHT),
+    Case(
+        "features of no tails into a norm",
+        lambda: train(of_features(), batches=projected),
+        batches=lambda: projected("test"),
+        train_batches=lambda: projected("train"),
+    ),
+    Case(
+        "loaded without counters",
+        trained,
+        checkpoint=lambda model: {k: v for k, v in model.state_dict().items() if "num_batches" not in k},
+    ),
+    Case(
+        "loaded from the checkpoint of a wrapper",
+        trained,
+        checkpoint=lambda model: {"model": {f"module._orig_mod.{k}": v for k, v in model.state_dict().items()}},
+    ),
     Case("dense, everything frozen", lambda: train(mlp()).requires_grad_(False)),
 ]

@@ -53,6 +53,7 @@ def row(case: Case) -> Row:
         model = case.make()
     judged = {"loss": case.loss, "metrics": digits.metrics if case.loss is digits.loss else None}
     given = {"train_batches": case.train_batches, "optimizer": case.optimizer(model), "step": case.step, **judged}
+    given["checkpoint"] = case.checkpoint(model)
     diagnosis = doctor.examine(model, case.batches, **given)
     found = {(f.code, f.where) for f in diagnosis.findings if case.notes or f.severity != "note"}
     seconds = time.perf_counter() - start
@@ -61,7 +62,9 @@ def row(case: Case) -> Row:
         return Row(case.name, case.expected, found, seconds)
     before = accuracy(model, case)
     doctor.repair(model, diagnosis, case.batches)
-    twin = accuracy(trained(), case) if isinstance(model, Residual) else None
+    # On other digits than it was trained on it is nobody's twin.
+    has_twin = isinstance(model, Residual) and case.batches is Case.batches
+    twin = accuracy(trained(), case) if has_twin else None
     return Row(case.name, case.expected, found, seconds, before, accuracy(model, case), twin)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steadynorm import doctor, training
+from steadynorm import SyncBatchNorm, doctor, training
 from steadynorm.errors import InputError
 from tests.doctor.networks import convolutional, mlp
 from tests.processes import on_ranks
@@ -81,3 +82,76 @@ def check_statistics_that_are_broken_alike_have_not_parted(rank, world):
 def check_other_layers_on_another_process_are_refused(rank, world):
     with pytest.raises(InputError, match="other norm layers on other processes"):
         apart(convolutional(nn.BatchNorm2d) if rank else mlp())
+
+
+def misused(model, **options):
+    found = doctor.examine(model, select=["SN602"], **options).findings
+    return [(f.where, f.severity, f.confidence) for f in found]
+
+
+@on_ranks(2)
+def check_a_norm_that_was_made_after_the_wrapping_learns_on_its_own(rank, world):
+    wrapped = DistributedDataParallel(convolutional(nn.BatchNorm2d))
+    assert misused(wrapped) == []
+    # Its parameters stay the same tensors, and so do the gradients that are averaged.
+    assert misused(nn.SyncBatchNorm.convert_sync_batchnorm(wrapped)) == []
+    # Without the option the wrapper waits for the old parameters, and stops in the second step.
+    wrapped = DistributedDataParallel(convolutional(nn.BatchNorm2d), find_unused_parameters=True)
+    wrapped.module[4] = SyncBatchNorm(16)
+    assert misused(wrapped) == [("module.4", "error", "proved")]
+    generator = torch.Generator().manual_seed(rank)
+    x, cotangent = torch.randn(8, 1, 8, 8, generator=generator), torch.randn(8, 10, generator=generator)
+    wrapped(x).backward(cotangent)
+    for name, is_averaged in (("1", True), ("4", False)):
+        mine = wrapped.module.get_submodule(name).weight.grad
+        first = mine.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(mine, first) == (is_averaged or rank == 0)
+
+
+@on_ranks(2)
+def check_a_norm_that_a_wrapper_was_told_to_ignore_is_meant(rank, world):
+    net = convolutional(nn.BatchNorm2d)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(net, ["4.weight", "4.bias"])
+    assert misused(DistributedDataParallel(net)) == []
+
+
+@on_ranks(2)
+def check_a_group_of_one(rank, world):
+    alone = [dist.new_group([each]) for each in range(world)][rank]
+
+    def net(group):
+        return convolutional(lambda width: SyncBatchNorm(width, process_group=group))
+
+    assert misused(DistributedDataParallel(net(None))) == []
+    assert misused(DistributedDataParallel(net(alone))) == [
+        ("module.1", "warning", "proved"),
+        ("module.4", "warning", "proved"),
+    ]
+    assert misused(net(alone)) == [("1", "warning", "heuristic"), ("4", "warning", "heuristic")]
+    # Each process trains a model of its own.
+    assert misused(DistributedDataParallel(net(alone), process_group=alone)) == []
+
+
+@on_ranks(4)
+def check_a_group_larger_than_the_wrappers(rank, world):
+    pair = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    wide = DistributedDataParallel(convolutional(SyncBatchNorm), process_group=pair)
+    found = doctor.examine(wide, select=["SN602"]).findings
+    assert [(f.where, f.severity) for f in found] == [("module.1", "warning"), ("module.4", "warning")]
+    assert ("ranks 2, 3" if rank < 2 else "ranks 0, 1") in found[0].message
+    fitting = convolutional(lambda width: SyncBatchNorm(width, process_group=pair))
+    assert misused(DistributedDataParallel(fitting, process_group=pair)) == []
+    # Parts of the batch that are synchronised, as by machine, are meant.
+    assert misused(DistributedDataParallel(fitting)) == []
+
+
+@on_ranks(2)
+def check_a_conversion_on_one_process_only_is_seen_on_every_one(rank, world):
+    def found(model):
+        return misused(model, across_ranks=True)
+
+    model = convolutional(SyncBatchNorm if rank == 0 else nn.BatchNorm2d)
+    assert found(model) == [("1", "error", "proved"), ("4", "error", "proved")]
+    assert found(convolutional(SyncBatchNorm)) == []
+    assert found(convolutional(lambda width: nn.GroupNorm(4, width))) == []

@@ -8,8 +8,18 @@ from torch import nn
 from torch.nn import functional as F
 
 from steadynorm.recipes import digits
-from tests.doctor.cases import NORMS, Case, of, train, trained, with_change
-from tests.doctor.controls import HALF, DenseBlock, dimmed, halves, spectral
+from tests.doctor.cases import NORMS, Case, cumulative, of, reset_all, train, trained, with_change
+from tests.doctor.controls import (
+    BRIGHT,
+    HALF,
+    DenseBlock,
+    by_hand,
+    dimmed,
+    halves,
+    of_features,
+    projected,
+    spectral,
+)
 from tests.doctor.networks import convolutional
 
 DIMMED = {"batches": lambda: dimmed("test"), "train_batches": lambda: dimmed("train")}
@@ -74,6 +84,11 @@ def _other(model):
     return model
 
 
+def vectors_of_another_start():
+    """Spectral norms of length 1, as they should be, of another network."""
+    return spectral(lambda model: _other(model))
+
+
 def one_value():
     """As many groups as channels, after the image is gone."""
     return train(
@@ -91,7 +106,112 @@ def shifted(split):
     return [(100 + x.bfloat16(), y) for x, y in digits.batches(split, 32, 0)]
 
 
+def uncounted(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked.zero_()
+    return model
+
+
+def parameters(model):
+    """A checkpoint of weights and biases alone."""
+    return dict(model.named_parameters())
+
+
+def without(*names):
+    """A checkpoint without the buffers of these names."""
+    return lambda model: {k: v for k, v in model.state_dict().items() if not k.endswith(names)}
+
+
+def renamed(model):
+    """A checkpoint from when the first norm of the second block had another name."""
+    return {key.replace("block2.bn1.running", "block2.norm1.running"): v for key, v in model.state_dict().items()}
+
+
+def weights_alone():
+    """Trained on digits of another contrast and loaded, weights alone, over what was trained on the usual ones."""
+    model = trained()
+    tuned = train(trained(), lr=0.02, batches=lambda split, size, seed: dimmed(split))
+    model.load_state_dict(parameters(tuned), strict=False)
+    return model
+
+
+def federated():
+    """Parameters averaged over clients whose digits have other contrasts, with the statistics of the first client."""
+    clients = [
+        train(trained(), lr=0.02, batches=lambda split, size, seed, c=c: contrast(split, c)) for c in (0.4, 1.0, 2.5)
+    ]
+    with torch.no_grad():
+        for parameters in zip(*(client.parameters() for client in clients), strict=True):
+            parameters[0].copy_(torch.stack(parameters).mean(0))
+    return clients[0]
+
+
+def contrast(split, factor):
+    return [(x * factor, y) for x, y in digits.batches(split, 32, 0)]
+
+
+def of_all_clients(split):
+    """Digits of all contrasts in every batch."""
+    return [
+        (x * torch.tensor((0.4, 1.0, 2.5))[torch.arange(len(x)) % 3][:, None, None, None], y)
+        for x, y in digits.batches(split, 32, 0)
+    ]
+
+
+def heavy(split, batch_size=32, seed=0):
+    """Features of which a few are thousands of times the others."""
+    return [((4 * x).exp(), y) for x, y in projected(split, batch_size, seed)]
+
+
 PLANTED = [
+    Case(
+        "heavy tails into a norm",
+        lambda: train(of_features(), batches=heavy),
+        of("SN102", "0"),
+        batches=lambda: heavy("test"),
+        train_batches=lambda: heavy("train"),
+    ),
+    Case(
+        "checkpoint of parameters alone",
+        lambda: reset_all(trained()),
+        of("SN207", *NORMS),
+        checkpoint=parameters,
+    ),
+    Case(
+        "statistics of one layer under another name",
+        with_change("block2.bn1", lambda bn: bn.reset_running_stats()),
+        of("SN207", "block2.bn1"),
+        checkpoint=renamed,
+    ),
+    Case(
+        "federated average of parameters alone",
+        federated,
+        # In the later layers it changes little, once these are mended.
+        of("SN203", "stem.1", "block1.bn1", "block1.bn2"),
+        batches=lambda: of_all_clients("test"),
+        train_batches=lambda: of_all_clients("train"),
+    ),
+    Case(
+        "weights loaded over another training",
+        weights_alone,
+        # All but one, whose statistics are much the same for both contrasts.
+        of("SN207", *(path for path in NORMS if path != "block1.bn2")),
+        checkpoint=parameters,
+        **DIMMED,
+    ),
+    Case(
+        "counter of a cumulative average lost",
+        lambda: uncounted(cumulative(is_recalibrated=True)),
+        of("SN207", "1", "4"),
+        checkpoint=without("num_batches_tracked"),
+    ),
+    Case(
+        "statistics that the model has no place for",
+        lambda: train(convolutional(lambda c: nn.BatchNorm2d(c, track_running_stats=False))),
+        of("SN207", "1", "4") | of("SN801", "1"),  # behind the first leak the second is not told
+        checkpoint=lambda model: train(convolutional(nn.BatchNorm2d)).state_dict(),
+    ),
     Case("one value per statistic", one_value, of("SN103", "5")),
     Case(
         "momentum of another library",
@@ -112,6 +232,7 @@ PLANTED = [
     Case("tracking toggled, statistics fit", with_change("stem.1", toggle), of("SN205", "stem.1")),
     Case("trained in bfloat16", coarse, of("SN206", "1", "4"), **HALF),
     Case("averaged spectral vectors", averaged_vectors, of("SN208", "1", "3")),
+    Case("spectral vectors of another start", vectors_of_another_start, of("SN208", "1", "3")),
     Case(
         "own buffers, training=True",
         with_change("block1.bn1", by_batch_with_own_buffers),
@@ -125,6 +246,7 @@ PLANTED = [
         transferred(lambda: train(DenseBlock()), 24),
         of("SN302", "0.norm1", "0.norm2", "0.norm3"),
     ),
+    Case("norm by hand in float16", lambda: by_hand(is_wide=False), of("SN502", "1"), **BRIGHT),
     Case(
         "features far from zero",
         raw_features,

@@ -65,6 +65,7 @@ def test_what_was_not_checked_is_listed_with_the_reason():
     of_training = ("SN101", "SN102", "SN401", "SN402", "SN406")
     assert result.unchecked == {
         **dict.fromkeys(of_training, "no training batches were given"),
+        "SN207": "no checkpoint was given",
         "SN702": "no optimizer was given",
     }
     assert not set(result.unchecked) & set(result.checked)

@@ -20,7 +20,6 @@ MISSES = {
     "a head that came after the optimizer": "besides SN102 `body.1`",
     "a critic that sees real and made apart": "elsewhere SN106",
     "a table left raw in evaluation": "missed SN405; besides SN109 `0`",
-    "vectors of spectral norms that were not loaded": "missed SN208",
 }
 ALARMS = {
     "a head that came after the optimizer": {("SN102", "body.1")},

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -18,6 +19,15 @@ from steadynorm.probe import PARTS, Facts
 from tests.doctor.cases import FAULTS, HEALTHY
 from tests.doctor.controls import CONTROLS
 from tests.doctor.planted import PLANTED
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group():
+    """Examples may make one; the next begins without."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
 
 CODES = [code_of(rule) for rule in RULES]
 SECTIONS = ("Why:", "Bad:", "Good:", "Source:")
@@ -35,7 +45,7 @@ def example(rule, name):
 
 def codes_found(rule, name):
     names = example(rule, name)
-    given = {name: names.get(name) for name in ("train_batches", "loss", "optimizer", "step")}
+    given = {name: names.get(name) for name in ("train_batches", "loss", "optimizer", "step", "checkpoint")}
     # What is off by default is selected; the others are found among all.
     select = () if is_on(rule) else [code_of(rule)]
     result = doctor.examine(names["model"], names["batches"], select=select, **given)

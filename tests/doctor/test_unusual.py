@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import steadynorm
 from steadynorm import doctor
 from steadynorm.doctor import source
 from steadynorm.doctor.finding import Location
@@ -230,3 +231,37 @@ def test_a_piece_of_a_recipe_is_found_in_its_file(tmp_path):
     assert source.locate_piece(Recipe("mine", None, None, spec=str(file)), "model") == Location(where, 3)
     assert source.locate_piece(Recipe("mine", None, None, spec=str(file)), "optimizer") == Location(where, 1)
     assert source.locate_piece(Recipe("mine", None, None, spec="no.such.module"), "model") is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_are_quantised_by_the_batch_are_named_as_such():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 10))
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    batches = [torch.randn(16, 1, 8, 8) for _ in range(4)]
+    assert doctor.examine(model, batches, select=["SN801"]).findings == ()
+    (finding,) = doctor.examine(quantised, batches, select=["SN801"]).findings
+    assert (finding.where, finding.severity) == ("1", "error")
+    assert "static scales" in finding.fix.text
+
+
+def test_layers_that_no_gradient_of_a_sample_comes_through_are_those_that_vmap_refuses():
+    x = torch.randn(4, 3, 8, 8)
+    for norm, is_unsafe in (
+        (nn.BatchNorm2d(8), True),
+        (nn.GroupNorm(4, 8), False),
+        (nn.InstanceNorm2d(8), False),
+        (steadynorm.FrozenBatchNorm2d(8), False),
+    ):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Flatten(), nn.Linear(288, 2))
+        found = doctor.examine(model, select=["SN805"]).findings
+        assert [f.where for f in found] == ["1"] * is_unsafe
+        model.train()
+        per_sample = torch.func.vmap(
+            torch.func.grad(lambda p, one, net=model: torch.func.functional_call(net, p, (one[None],)).sum()), (None, 0)
+        )
+        parameters = {name: value.detach() for name, value in model.named_parameters()}
+        if is_unsafe:
+            with pytest.raises(RuntimeError, match="in-place"):
+                per_sample(parameters, x)
+        else:
+            per_sample(parameters, x)

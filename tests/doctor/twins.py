@@ -206,6 +206,45 @@ class Sampling(nn.Module):
         return self.net(x)
 
 
+class Target(nn.Sequential):
+    """A copy of the trained network, made at its start, that its parameters follow."""
+
+
+@cache
+def _target(kind):
+    """A target whose parameters were copied, or follow by a moving average; with its buffers, or without."""
+    target = Target(*convolutional(nn.BatchNorm2d))
+    with recipe.seeded(2):
+        online = train(convolutional(nn.BatchNorm2d))
+    share = 1.0 if "copied" in kind else 0.9
+    with torch.no_grad():
+        for mine, theirs in zip(target.parameters(), online.parameters(), strict=True):
+            mine.lerp_(theirs, share)
+        if "buffers of another time" in kind:
+            for mine, theirs in zip(target.buffers(), online.buffers(), strict=True):
+                mine.copy_(theirs * 1.5)
+        elif "with its buffers" in kind:
+            for mine, theirs in zip(target.buffers(), online.buffers(), strict=True):
+                mine.copy_(theirs if share == 1 else theirs * 1.1)
+    return online, target.eval()
+
+
+def of_target(kind):
+    return lambda: copy.deepcopy(_target(kind)[0])
+
+
+def towards(kind):
+    """A step that learns from a target network, as value learning does."""
+
+    def step(model, batch):
+        with torch.no_grad():
+            goal = _target(kind)[1](batch[0]).softmax(1)
+        F.cross_entropy(model(batch[0]), goal).backward()
+        sgd_of(model).step()
+
+    return step
+
+
 def in_order(split, kind):
     """Training batches by class, of two classes each, from a small buffer; of all classes in equal shares; shuffled."""
     images, labels = digits.data()[split]
@@ -340,6 +379,26 @@ def stacked():
 
 
 TWINS = [
+    *(
+        (
+            Case(f"target {kind}", of_target(kind), of("SN204", "Target.1", "Target.4"), step=towards(kind)),
+            Case(
+                f"target {kind}, with its buffers",
+                of_target(f"{kind}, with its buffers"),
+                step=towards(f"{kind}, with its buffers"),
+            ),
+        )
+        for kind in ("copied", "that follows")
+    ),
+    (
+        Case(
+            "target copied, buffers of another time",
+            of_target("copied, buffers of another time"),
+            of("SN204", "Target.1", "Target.4"),
+            step=towards("copied, buffers of another time"),
+        ),
+        Case("target of nothing", trained, step=towards("copied")),
+    ),
     (
         Case("recomputed", lambda: train(Recomputed()), of("SN303", "body.1", "body.4"), notes=True),
         Case("not recomputed", lambda: train(Recomputed(False)), notes=True),

@@ -19,7 +19,8 @@ def test_healthy_vectors_have_length_one(wrap, layer):
     (found,) = spectral.vectors(nn.Sequential(nn.ReLU(), wrap(layer())))
     assert found.path == "1"
     assert (found.u_norm, found.v_norm) == (pytest.approx(1, abs=1e-5), pytest.approx(1, abs=1e-5))
-    assert found.norm_after is None
+    assert found.is_fresh == (wrap is nn.utils.spectral_norm)
+    assert found.norm_after == pytest.approx(1, abs=0.05) or found.is_fresh
 
 
 @pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS.keys())
@@ -37,6 +38,34 @@ def test_the_norm_that_is_told_is_that_of_the_weight_evaluation_uses(wrap, layer
     rows = weight.movedim(1 if isinstance(module, nn.ConvTranspose2d) else 0, 0).flatten(1).numpy()
     assert found.norm_after == pytest.approx(np.linalg.svd(rows, compute_uv=False)[0], rel=1e-3)
     assert found.norm_after == pytest.approx(1 / 0.7, rel=1e-3)
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, lambda: nn.Linear(300, 200), lambda: nn.Linear(9, 1)])
+def test_the_norm_that_is_told_of_vectors_that_point_elsewhere(layer):
+    module = WRAPS["new"](layer()).eval()
+    for buffer in module.buffers():
+        buffer.copy_(nn.functional.normalize(torch.randn_like(buffer), dim=0))
+    (found,) = spectral.vectors(module)
+    weight = module.weight.detach().double()
+    rows = weight.movedim(1 if isinstance(module, nn.ConvTranspose2d) else 0, 0).flatten(1).numpy()
+    assert found.norm_after == pytest.approx(np.linalg.svd(rows, compute_uv=False)[0], rel=1e-2)
+    assert not found.is_fresh
+
+
+def test_the_older_of_torchs_is_new_until_it_has_run():
+    module = nn.Sequential(WRAPS["old"](nn.Linear(64, 32)))
+    (found,) = spectral.vectors(module)
+    assert (found.is_fresh, found.norm_after > 2) == (True, True)
+    module(torch.randn(2, 64))
+    assert not spectral.vectors(module)[0].is_fresh
+
+
+def test_a_weight_of_zeros_has_nothing_to_be_divided():
+    module = WRAPS["new"](nn.Linear(3, 3))
+    with torch.no_grad():
+        module.parametrizations.weight.original.zero_()
+    (found,) = spectral.vectors(module)
+    assert found.norm_after == 1
 
 
 def _weight(module):

@@ -26,6 +26,7 @@ class Judgement:
     metrics: Metrics | None = None
     optimizer: Optimizers | None = None
     step: Step | None = None
+    checkpoint: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """A model is observed, and every rule says what it sees in the facts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -22,6 +24,7 @@ from steadynorm.probe import (
     Loss,
     Metrics,
     Optimizers,
+    Part,
     Progress,
     Source,
     Step,
@@ -29,6 +32,7 @@ from steadynorm.probe import (
     stages,
 )
 from steadynorm.recipe import Recipe, call, seeded
+from steadynorm.weights import first_few, unpacked
 
 # Enough for the running statistics to settle with a momentum of 0.1, and for digits to be told apart (0.99).
 TRAINING_STEPS = 100
@@ -47,6 +51,7 @@ def examine(
     optimizer: Optimizers | None = None,
     step: Step | None = None,
     across_ranks: bool = False,
+    checkpoint: str | Path | Mapping[str, Any] | None = None,
     select: Sequence[str] = (),
     ignore: Sequence[str] = (),
     on_progress: Progress | None = None,
@@ -65,15 +70,19 @@ def examine(
             The model, other networks and the optimizers that it calls are put back; what else it counts is not.
         across_ranks: every process of torch.distributed calls this, with its own copy of the model: their running
             statistics are compared. Where only one calls it, it waits for the others until the group's timeout.
+        checkpoint: the state_dict that the model was loaded from, or its file (opened without running code): what it
+            lacks of the running statistics was lost on load. It is not loaded here.
         select: codes, or beginnings of codes, of the rules to check; none is all but those that are off by default.
         ignore: codes, or beginnings of codes, of rules to leave out.
         on_progress: called with how much is done, and of how much.
 
     Raises:
-        InputError: there is no batch, a code fits no rule, or loss or metrics cannot be computed.
+        InputError: there is no batch, a code fits no rule, loss or metrics cannot be computed, or the checkpoint cannot
+            be read or is of another model.
     """
     rules = _selected(select, ignore)
-    needed = {part for rule in rules for part in rule.needs}
+    needed = _needed(rules)
+    state = None if checkpoint is None else unpacked(checkpoint)
     facts = observe(
         model,
         batches if batches is not None else (),
@@ -84,6 +93,7 @@ def examine(
         optimizer=optimizer,
         step=step,
         across_ranks=across_ranks,
+        checkpoint=state,
         parts=needed if batches is not None else needed & AT_REST,
         on_progress=on_progress,
     )
@@ -101,10 +111,35 @@ def examine(
         checked=tuple(code for code in found if code not in unchecked),
         unchecked=unchecked,
         facts=facts,
+        remarks=_remarks(facts),
         title=f"Diagnosis of {type(model).__name__}",
-        judgement=Judgement(train_batches, loss, metrics, optimizer, step),
+        judgement=Judgement(train_batches, loss, metrics, optimizer, step, state),
         off=tuple(code_of(rule) for rule in RULES if rule not in rules),
     )
+
+
+def _needed(rules: Sequence[Rule]) -> set[Part]:
+    """The parts of the probe that the rules need, or measure by."""
+    return {part for rule in rules for part in (*rule.needs, *getattr(rule, "measures_by", ()))}
+
+
+def _remarks(facts: Facts) -> tuple[str, ...]:
+    """What a checkpoint says beyond the statistics that it lacks."""
+    found, remarks = facts.checkpoint, []
+    if found is None:
+        return ()
+    if found.differing:
+        remarks.append(
+            f"{found.differing} of {found.shared} tensors of the checkpoint are not what the model holds: it was not "
+            "loaded, or the model has changed since. What is measured is the model as it is."
+        )
+    for names, what in (
+        (found.missing_others, "The checkpoint lacks, or has in another shape"),
+        (found.unknown_others, "The checkpoint has, and the model has not"),
+    ):
+        if names:
+            remarks.append(f"{what}: {first_few(list(names))}.")
+    return tuple(remarks)
 
 
 def _checked(rule: Rule, facts: Facts, model: nn.Module) -> tuple[Finding, ...]:
@@ -165,7 +200,7 @@ def examine_recipe(
         quick: make the model and look at what it has stored, run nothing.
     """
     advance = on_progress or (lambda done, total: None)
-    needed = {part for rule in _selected(select, ignore) for part in rule.needs}
+    needed = _needed(_selected(select, ignore))
     looking = sum(COSTS[stage] for stage in stages(needed, has_train_batches=True))
     is_trained = not recipe.has_weights and recipe.loss is not None
     training = max(1, round(steps * batch_size / COST_BATCH_SIZE)) if is_trained else 0
@@ -173,7 +208,7 @@ def examine_recipe(
     with seeded(seed):
         model = recipe.model()
     if quick:
-        found = examine(model, select=select, ignore=ignore, on_progress=on_progress)
+        found = examine(model, checkpoint=recipe.state, select=select, ignore=ignore, on_progress=on_progress)
         return model, _of_recipe(found, recipe, ("Quick: the model was made and looked at, and nothing was run.",))
     remarks = []
     if not recipe.has_weights:
@@ -190,6 +225,7 @@ def examine_recipe(
         loss=recipe.loss,
         metrics=recipe.metrics,
         optimizer=None if make is None else lambda parameters: make(parameters, recipe.lr),
+        checkpoint=recipe.state,
         select=select,
         ignore=ignore,
         on_progress=lambda done, _: advance(training + done, total),
@@ -203,6 +239,7 @@ def _of_recipe(diagnosis: Diagnosis, recipe: Recipe, remarks: tuple[str, ...]) -
     for finding in diagnosis.findings:
         piece = next((name for code, name in PIECES.items() if finding.code.startswith(code)), "model")
         findings.append(replace(finding, source=finding.source or locate_piece(recipe, piece)))
+    remarks = (*remarks, *diagnosis.remarks)
     return replace(diagnosis, findings=tuple(findings), remarks=remarks, title=f"Diagnosis of {recipe.name}")
 
 

@@ -11,6 +11,7 @@ from steadynorm.errors import SteadynormError
 from steadynorm.probe import drift, spectral, state
 from steadynorm.probe.samples import relative_difference, tensors_in
 from steadynorm.probe.trace import ForwardRaised, run
+from steadynorm.weights import STATISTICS
 
 # What folding may change: the rounding of a few additions, relative to the largest value of the output.
 FOLD_TOLERANCE = 1e-4
@@ -122,7 +123,7 @@ def forget_(model: nn.Module, targets: Sequence[tuple[str, ...]], batches: Itera
     for (path,) in targets:
         layer = model.get_submodule(path)
         _set(layer, "track_running_stats", False)
-        for name in state.STATISTICS:
+        for name in STATISTICS:
             layer.register_buffer(name, None)
 
 

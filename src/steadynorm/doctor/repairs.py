@@ -138,6 +138,7 @@ def _attempt(
         loss=judgement.loss,
         optimizer=judgement.optimizer,
         step=judgement.step,
+        checkpoint=judgement.checkpoint,
         select=codes,
     )
     if unseen := [reason for code, reason in again.unchecked.items() if any(f.code == code for f in group)]:

@@ -1,9 +1,9 @@
 """Runs batches through a model and records Facts. The model comes out exactly as it went in."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steadynorm import models
 from steadynorm.errors import InputError
@@ -49,6 +49,7 @@ def observe(
     optimizer: Optimizers | None = None,
     step: Step | None = None,
     across_ranks: bool = False,
+    checkpoint: Mapping[str, Tensor] | None = None,
     parts: Collection[Part] = PARTS,
     samples: int = SAMPLES,
     on_progress: Progress | None = None,
@@ -66,12 +67,13 @@ def observe(
         optimizer: over the model's parameters, or a function that makes one from those that take a gradient.
         step: (model, batch), a training step of the user's own, in place of forward, loss, backward and optimizer.
         across_ranks: every process of the group does this, with the same model: running statistics are compared.
+        checkpoint: what the model was loaded from, by name, without what wrappers put before the names.
         parts: which parts to look at.
         samples: how many of each split go through the model.
 
     Raises:
         InputError: there is no batch, the model has parameters without values, loss or metrics cannot be computed,
-            `optimizer` is none, or there are no processes to compare.
+            `optimizer` is none, there are no processes to compare, or the checkpoint is of another model.
         DistributedError: another process is gone.
     """
     if missing := models.unmade_parts(model):
@@ -80,7 +82,7 @@ def observe(
             "move it off the meta device, or run a batch through its lazy layers first."
         )
     made_of = None if optimizer is None else made(optimizer, model)
-    training = Training(made_of, step, is_known=optimizer is not None, across_ranks=across_ranks)
+    training = Training(made_of, step, is_known=optimizer is not None, across_ranks=across_ranks, checkpoint=checkpoint)
     sources = [s for s in (batches, train_batches) if s is not None]
     generators = [g for s in sources if isinstance(g := getattr(s, "generator", None), torch.Generator)]
     with models.undisturbed(model, *generators):

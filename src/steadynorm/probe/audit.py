@@ -18,12 +18,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from steadynorm import models
 from steadynorm.blame import in_a_line
 from steadynorm.errors import SteadynormError
+from steadynorm.probe.copies import stale
 from steadynorm.probe.effects import Loss
 from steadynorm.probe.optimizer import remember_optimizer
 from steadynorm.probe.samples import tensors_in
-from steadynorm.probe.state import STATISTICS
 from steadynorm.probe.trace import Forward, ForwardRaised, NotPossible, seed
-from steadynorm.probe.training_facts import Audit, NormStep, Phase
+from steadynorm.probe.training_facts import Audit, NormStep, Phase, StaleCopy
+from steadynorm.weights import STATISTICS
 
 Step = Callable[[nn.Module, Any], Any]
 """A training step of the user's own: (model, batch), with forward, backward and optimizer in it."""
@@ -114,6 +115,11 @@ class _Witness:
         self.roots: dict[nn.Module, None] = {}
         self.held: set[int] = set()
         self.restores: dict[int, Callable[[], None]] = {}
+        # Of parts that take no gradient, of the others as they might copy; before the step parts them.
+        self.stale_copies: dict[str, StaleCopy] = {}
+        for part, path in self.paths.items():
+            if _is_frozen(part) and part is not model and next(part.children(), None) is not None:
+                self._note_copy(part, path)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -188,6 +194,16 @@ class _Witness:
         for path, layer in models.norms(root).items():
             if layer not in self.paths:
                 self.foreign.setdefault(layer, f"{type(root).__name__}.{path}" if path else type(root).__name__)
+        if next(root.children(), None) is not None:
+            self._note_copy(root, type(root).__name__)
+
+    def _note_copy(self, network: nn.Module, name: str) -> None:
+        """Hold another network, or a part of this one, against those that it may be a copy of."""
+        originals = [m for m in self.paths if next(m.children(), None) is not None and not _is_frozen(m)]
+        inside = {f"{name}.{path}": child for path, child in network.named_children()}
+        for place, candidate in {name: network, **inside}.items():  # a wrapper holds the copy
+            for path, one in stale(candidate, originals).items():
+                self.stale_copies.setdefault(f"{place}.{path}", one)
 
     def found(self, is_users: bool) -> Audit:
         names = {id(p): name for name, p in self.model.named_parameters()}
@@ -198,6 +214,7 @@ class _Witness:
             norms={path: self._norm(module, path) for module, path in self.own.items() if module in self.calls},
             helpers={path: self._norm(module, path) for module, path in self.foreign.items() if module in self.calls},
             copies=self._copies(),
+            stale_copies=self.stale_copies,
             is_users=is_users,
             optimized=frozenset(names[i] for i in self.held if i in names),
         )

@@ -12,6 +12,7 @@ from steadynorm import models
 from steadynorm.probe.drift import training_mode
 from steadynorm.probe.facts import Call, DeadBias, Norm, Values
 from steadynorm.probe.samples import relative_difference, sample_count, take, tensors_in
+from steadynorm.probe.state import is_norm_by_name
 from steadynorm.probe.trace import Forward, Watcher, inputs_of, run, watching
 
 # A bias that matters moves something by a tenth or more when it is moved by a deviation; rounding, by far less.
@@ -41,7 +42,7 @@ def bare_layer(model: nn.Module, calls: Sequence[Call], norms: Mapping[str, Norm
         if call.path in norms:
             return ""
         module = model.get_submodule(call.path)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) or is_norm_by_name(module):
             return ""
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and weight.dim() > 1:

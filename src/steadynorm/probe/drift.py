@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import mode
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ Statistics = dict[str, tuple[Tensor, Tensor]]
 # All stale layers together get no more passes over the evaluation batches than this: many stale layers, fewer samples
 # for each, but never fewer than these. What chance does is known from as many as are given here.
 EFFECT_PASSES, FEWEST_SAMPLES, CHANCE_SAMPLES = 3, 16, 128
+# Variances of so few batches say nothing about how they vary.
+FEWEST_BATCHES = 4
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Recalibration:
         means: by path, moments of the means of samples: how much samples differ from one another.
         shared: by path, of the layers that a pass calls several times.
         rows_per_sample, values_per_row: by path, of the call with the fewest.
+        batches: by path, moments of whole batches that have one count.
     """
 
     halves: dict[str, tuple[Moments, Moments]] = field(default_factory=dict)
@@ -54,6 +58,7 @@ class Recalibration:
     rows_per_sample: dict[str, float] = field(default_factory=dict)
     values_per_row: dict[str, float] = field(default_factory=dict)
     shared: dict[str, Shared] = field(default_factory=dict)
+    batches: dict[str, list[Moments]] = field(default_factory=dict)
 
     def pooled(self, path: str) -> Moments:
         """Moments of one layer's inputs over all batches."""
@@ -72,14 +77,30 @@ class Recalibration:
     def values(self, path: str) -> Values:
         """How many values stand behind one statistic."""
         rows, per_row = self.rows_per_sample[path], self.values_per_row[path]
-        spread, between = self.pooled(path).var, self.means[path].unbiased_var
+        spread, between = self.pooled(path).unbiased_var, self.means[path].unbiased_var
         lives = spread > 0
         if int(self.means[path].count) < 2 or not bool(lives.any()):
             return Values(path, rows * per_row)
+        if per_row == 1:
+            return Values(path, rows, rows, self._tails(path, 1.0))
         # The mean of n_eff unrelated values has the variance var / n_eff: one row is worth var(all) / var(row means).
         resemblance = float((between[lives] / spread[lives]).median())
         independent = min(per_row, 1 / resemblance) if resemblance > 0 else per_row
-        return Values(path, rows * per_row, rows * independent)
+        return Values(path, rows * per_row, rows * independent, self._tails(path, independent / per_row))
+
+    def _tails(self, path: str, independent: float) -> float | None:
+        """See `Values`; the variance of n values of a normal distribution varies by 2 / (n - 1) of its square.
+
+        Args:
+            independent: share of the values that count as independent.
+        """
+        parts = self.batches.get(path, [])
+        if len(parts) < FEWEST_BATCHES:
+            return None
+        var = torch.stack([part.var for part in parts])
+        lives = var.mean(0) > 0
+        varies = (var.var(0) / var.mean(0).square())[lives]
+        return float(varies.median()) * (int(parts[0].count) * independent - 1) / 2 if bool(lives.any()) else None
 
 
 def _shared(calls: Sequence[tuple[list[Moments], list[Moments]]], eps: float) -> Shared:
@@ -136,9 +157,16 @@ class _Collector(Watcher):
             if a or b:  # a layer that is never called has nothing to say
                 halves = (moments.merge(a or b), moments.merge(b or a))
                 self.found.halves[path] = halves
+                self.found.batches[path] = [] if self.is_single else _alike([*a, *b])
             if len(self.calls[path]) > 1:
                 self.found.shared[path] = _shared(self.calls[path], self.eps[path])
         return self.found
+
+
+def _alike(parts: Sequence[Moments]) -> list[Moments]:
+    """Those that have the count that most have, where counts are plain numbers."""
+    counts = [part.count for part in parts if isinstance(part.count, int)]
+    return [part for part in parts if part.count == mode(counts)] if len(counts) == len(parts) else []
 
 
 def with_dropout(

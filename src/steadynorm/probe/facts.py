@@ -4,12 +4,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from steadynorm.probe.training_facts import Audit, Axes, Held, Inputs, Likeness, Padding, Program, Ranks, Shared
+from steadynorm.probe.training_facts import (
+    Audit,
+    Axes,
+    Checkpoint,
+    Held,
+    Inputs,
+    Likeness,
+    Overflow,
+    Padding,
+    Program,
+    Ranks,
+    Regression,
+    Shared,
+)
 
-Part = Literal["program", "state", "optimizer", "data", "forward", "training", "drift", "isolation", "audit"]
+Part = Literal[
+    "program", "state", "checkpoint", "optimizer", "data", "forward", "training", "drift", "isolation", "audit"
+]
 PARTS: tuple[Part, ...] = (
     "program",
     "state",
+    "checkpoint",
     "optimizer",
     "data",
     "forward",
@@ -18,8 +34,8 @@ PARTS: tuple[Part, ...] = (
     "isolation",
     "audit",
 )
-# What needs no batches: the model and its optimizer, at rest.
-AT_REST: frozenset[Part] = frozenset({"program", "state", "optimizer"})
+# What needs no batches: the model, what it was loaded from and its optimizer, at rest.
+AT_REST: frozenset[Part] = frozenset({"program", "state", "checkpoint", "optimizer"})
 
 
 @dataclass(frozen=True)
@@ -103,6 +119,7 @@ class Norm:
 
 
 HALF = ("bfloat16", "float16")
+MEAN_AND_VARIANCE = frozenset({"running_mean", "running_var"})
 # A channel whose input varies by less than this is dead.
 DEAD_VARIANCE = 1e-8
 # Weight of the initial statistics in the running ones from which on they are no statistics of the data.
@@ -123,6 +140,7 @@ class Call:
         offset: of what a norm is given in half precision: |mean| / deviation of the worst channel.
         is_training: whether the module was in training mode in this call, though the pass is one of evaluation.
         drops: whether it was a dropout layer that dropped.
+        maker: the module that made the first output; of a container that hands it on, the one inside.
     """
 
     path: str
@@ -135,6 +153,7 @@ class Call:
     axes: Axes | None = None
     is_training: bool = False
     drops: bool = False
+    maker: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,11 +198,14 @@ class Values:
         per_sample: values per statistic that each sample adds.
         independent_per_sample: the same, counted as independent values: values of one image resemble each other, and
             var(all) / var(means of samples) of them are worth as much as that many unrelated ones.
+        tails: how much the variance varies from batch to batch, beside that of as many independent values of a normal
+            distribution: about 1, and far more where rare values decide it. None where it is not known.
     """
 
     path: str
     per_sample: float
     independent_per_sample: float | None = None
+    tails: float | None = None
 
 
 @dataclass(frozen=True)
@@ -316,15 +338,16 @@ class SpectralVectors:
     Args:
         path: of the layer whose weight is divided.
         u_norm, v_norm: their lengths.
-        norm_after: largest singular value of the weight that evaluation computes with, where 1 is promised; None where
-            the lengths are 1 and it was not taken.
+        norm_after: largest singular value of the weight that evaluation computes with, where 1 is promised.
+        is_fresh: whether no forward in training mode has computed the weight yet, as far as that can be seen.
     """
 
     path: str
     u_norm: float
     v_norm: float
-    norm_after: float | None = None
+    norm_after: float
     dtype: str = "float32"
+    is_fresh: bool = False
 
 
 # How far from 1 a length may be: the rounding of float32 is a thousand times less.
@@ -355,6 +378,7 @@ class Facts:
         hard_coded: modules that, in evaluation mode, call for a batch norm by the batch with a constant.
         rescaled: layers whose weight is normalised, and by what.
         averaged: norms in a network of averaged weights, and what averages them.
+        checkpoint: what the model was loaded from, beside what it has.
         shared: norms that one pass calls several times.
         padding: sequences that are filled up, and the norms that count it.
         ranks: the processes, where there is a process group or a model that is wrapped for one.
@@ -362,6 +386,8 @@ class Facts:
         correction: what makes the evaluation inputs those that the first norm has learned.
         bare_layer: the first layer with weights, where no norm is before it.
         inputs, likeness: of the training batches: their scale, and whether they are alike.
+        overflows: norms of other classes that lose their output in float16.
+        regression: a norm that makes the output of a model which is trained on numbers.
         held: how the optimizer holds the parameters.
         audit: one training step.
         training_gap: between training and evaluation mode on the same batches, with recalibrated statistics: what the
@@ -386,6 +412,7 @@ class Facts:
     hard_coded: tuple[str, ...] = ()
     rescaled: Mapping[str, str] = field(default_factory=dict)
     averaged: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
     shared: Mapping[str, Shared] = field(default_factory=dict)
     ranks: Ranks | None = None
     padding: Padding | None = None
@@ -394,10 +421,18 @@ class Facts:
     bare_layer: str = ""
     inputs: Inputs | None = None
     likeness: Likeness | None = None
+    overflows: tuple[Overflow, ...] = ()
+    regression: Regression | None = None
     held: Held | None = None
     audit: Audit | None = None
     failures: tuple[Failure, ...] = ()
     skipped: Mapping[Part, str] = field(default_factory=dict)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Paths of the norms whose running statistics are not in the checkpoint that the model was loaded from."""
+        missing = {} if self.checkpoint is None else self.checkpoint.missing
+        return tuple(path for path, names in missing.items() if MEAN_AND_VARIANCE & set(names))
 
     @property
     def was_trained_evaluating(self) -> bool:

@@ -71,7 +71,7 @@ class _Recorder(Watcher):
 
     def enter(self, path: str, module: nn.Module, inputs: Any) -> None:
         parent = self._open[-1] if self._open else None
-        self._open.append(_Record(path, type(module).__name__, parent, self._read(inputs), next(self._clock)))
+        self._open.append(_Record(path, module._get_name(), parent, self._read(inputs), next(self._clock)))
         super().enter(path, module, inputs)
 
     def leave(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:

@@ -1,11 +1,11 @@
 """Looks at one part of a model after the other: what each needs, in which order, and what rests on what."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steadynorm import models
@@ -17,15 +17,18 @@ from steadynorm.probe import (
     instances,
     isolation,
     optimizer,
+    overflow,
     padding,
     preprocessing,
     programs,
     ranks,
+    regression,
     spectral,
     state,
 )
 from steadynorm.probe.audit import Step
 from steadynorm.probe.batches import Source, gather
+from steadynorm.probe.checkpoint import compare
 from steadynorm.probe.data import Sketch
 from steadynorm.probe.effects import Task
 from steadynorm.probe.facts import AT_REST, PARTS, Drift, Failure, Part
@@ -80,12 +83,14 @@ class Training:
     Args:
         is_known: an optimizer was given, if only for nothing.
         across_ranks: every process of the training is here.
+        checkpoint: what the model was loaded from.
     """
 
     optimizer: Optimizer | None = None
     step: Step | None = None
     is_known: bool = False
     across_ranks: bool = False
+    checkpoint: Mapping[str, Tensor] | None = None
 
 
 class Observer:
@@ -130,7 +135,11 @@ class Observer:
             self._skip(("optimizer",), "no parameter takes a gradient" if known else "no optimizer was given")
         if train_batches is None:
             self._skip(OF_TRAINING_BATCHES, "no training batches were given")
-        if self._is_program() or not self._try(("state",), self._state) or self.wanted <= AT_REST:
+        if self._is_program():
+            return
+        if self.training.checkpoint is None:
+            self._skip(("checkpoint",), "no checkpoint was given")
+        if not self._try(("state",), self._state) or self.wanted <= AT_REST:
             return
         self._gather(batches, train_batches, samples)
         if not self.here or not self.there:
@@ -218,6 +227,8 @@ class Observer:
         self.found["dropping"] = state.dropping(self.model)
         self.found["frozen_layers"] = state.frozen_layers(self.model)
         self.found["spectral"] = spectral.vectors(self.model)
+        if self.training.checkpoint is not None:
+            self.found["checkpoint"] = compare(self.model, self.training.checkpoint)
         if self.training.optimizer is not None:
             self.found["held"] = optimizer.held(self.training.optimizer, self.model)
         self.put_back = models.remember(self.model)
@@ -235,6 +246,8 @@ class Observer:
         self.found["values"] = bias.values(self.found["calls"], self.found["norms"], count)
         self.found["bare_layer"] = bias.bare_layer(self.model, self.found["calls"], self.found["norms"])
         self.found["padding"] = padding.padding(self.model, self.here[0], self.forward, self.found["norms"])
+        self.found["overflows"] = overflow.overflows(self.model, self.here[0], self.forward, self.found["calls"])
+        self.found["regression"] = regression.regression(self.model, self.here[0], output, self.found["calls"])
         if paths := instances.tracking(self.found["norms"]):
             few = self.here[: max(1, GAP_SAMPLES // count)]
             self.found["instance_gap"] = instances.gap(self.model, few, self.forward, self.task, paths)

@@ -14,10 +14,13 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm as OldSpectralNorm
 
 from steadynorm.layers.weight.spectral import SpectralNorm
-from steadynorm.probe.facts import UNIT_TOLERANCE, SpectralVectors
+from steadynorm.probe.facts import SpectralVectors
 
 # Enough from anywhere: the error falls by the ratio of the first two singular values each time.
 POWER_ITERATIONS = 100
+# Growth of the value in an iteration from which on it is taken as settled: at most 0.3 % is missing then, for weights
+# of 6 shapes with up to 2.4 million values.
+SETTLED = 1e-5
 
 RESCALING = {"WeightNorm": "weight normalization", "SpectralNorm": "spectral normalization"}
 
@@ -67,24 +70,42 @@ def _fitting(path: str, weight: object, settings: object, u: object, v: object) 
 
 
 def vectors(model: nn.Module) -> tuple[SpectralVectors, ...]:
-    """What the vectors are, and where their lengths are not 1, what evaluation makes of the weight: W / (u^T W v)."""
+    """What the vectors are, and what evaluation makes of the weight: W / (u^T W v), in ours by their directions."""
     found = []
     for path, matrix, u, v in stored(model):
         lengths = float(u.double().norm()), float(v.double().norm())
-        after = None
-        if not all(abs(length - 1) <= UNIT_TOLERANCE for length in lengths):
-            sigma, largest = float(u.double() @ matrix.double() @ v.double()), _largest(matrix)
-            after = largest / abs(sigma) if sigma else math.inf
-        found.append(SpectralVectors(path, *lengths, after, str(u.dtype).removeprefix("torch.")))
+        wide = matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
+        sigma, largest = float(u.to(wide.dtype) @ wide @ v.to(wide.dtype)), _largest(wide)
+        after = largest / abs(sigma) if sigma else math.inf
+        is_fresh = _is_fresh(model.get_submodule(path))
+        dtype = str(u.dtype).removeprefix("torch.")
+        found.append(SpectralVectors(path, *lengths, after if largest else 1.0, dtype, is_fresh))
     return tuple(found)
 
 
+def _is_fresh(module: nn.Module) -> bool:
+    """Whether the older of torch's two has never run: it begins with random vectors, and with the weight as it is."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, OldSpectralNorm):
+            weight, original = getattr(module, hook.name, None), getattr(module, f"{hook.name}_orig", None)
+            if isinstance(weight, Tensor) and isinstance(original, Tensor) and torch.equal(weight, original):
+                return True
+    return False
+
+
+@torch.no_grad()
 def _largest(matrix: Tensor) -> float:
-    """The largest singular value; by power iteration, which is all that a large weight affords."""
-    wide = matrix.double()
-    u, v = wide.new_ones(wide.shape[0]), wide.new_empty(wide.shape[1])
-    iterate_(wide, u, v, POWER_ITERATIONS)
-    return float(u @ wide @ v)
+    """The largest singular value, by power iteration from a random start: it ends where it grows no more."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(matrix.shape[0], generator=generator).to(matrix)
+    before = value = 0.0
+    for _ in range(POWER_ITERATIONS):
+        v = F.normalize(matrix.T @ u, dim=0)
+        u = matrix @ v
+        before, value = value, float(u.norm())
+        if value - before <= SETTLED * value:
+            break
+    return value
 
 
 @torch.no_grad()

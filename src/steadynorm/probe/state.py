@@ -8,8 +8,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from steadynorm import models
 from steadynorm.probe.facts import DEAD_VARIANCE, Norm
+from steadynorm.weights import STATISTICS
 
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 # Averaging wrappers without a counter: timm's and ema-pytorch's.
 AVERAGES = ("ModelEma", "ModelEmaV2", "ModelEmaV3", "EMA", "ExponentialMovingAverage")
 # A channel is dead if its weight is so much less than the largest one.
@@ -36,6 +36,12 @@ def frozen_layers(model: nn.Module) -> frozenset[str]:
         if gradients and not any(gradients):
             frozen.add(path)
     return frozenset() if "" in frozen else frozenset(frozen)
+
+
+def is_norm_by_name(module: nn.Module) -> bool:
+    """Whether it is a norm that is neither torch's nor ours, by the name of its class, with nothing inside it."""
+    is_named = "norm" in type(module).__name__.lower() and not any(module.children())
+    return is_named and models.norm_kind(module) is None and not type(module).__module__.startswith("torch.")
 
 
 def dropping(model: nn.Module) -> tuple[str, ...]:

@@ -149,6 +149,7 @@ class _Tracer(Watcher):
                 axes=self._axes[depth],
                 is_training=module.training,
                 drops=is_dropping(module),
+                maker=path if made is None else self._producer(made) or path,
             )
         )
         del self._producers[depth:], self._offsets[depth:], self._axes[depth:]

@@ -30,6 +30,19 @@ class NormStep:
 
 
 @dataclass(frozen=True)
+class StaleCopy:
+    """A norm in a copy of a network, whose statistics are not those of the original's.
+
+    Args:
+        divergence: of the two.
+        is_initial: whether its own are the 0 and 1 that it was made with.
+    """
+
+    divergence: float
+    is_initial: bool
+
+
+@dataclass(frozen=True)
 class Audit:
     """One training step.
 
@@ -41,6 +54,8 @@ class Audit:
         helpers: of norms in networks that the model is not made of.
         copies: paths in `helpers`, and in `norms`, of networks that take no gradient and have a twin that does, with
             parameters of the same shapes, as moving averages have.
+        stale_copies: by path in `helpers` and in `norms`, norms of networks whose parameters follow another's, before
+            the step, and whose statistics do not.
         is_users: whether the step is one that the user gave, rather than forward, loss, backward and optimizer.
         left_evaluating: norms that trained before the step and are in evaluation mode after it.
         optimized: names of the model's parameters that any optimizer holds that took a step.
@@ -52,6 +67,7 @@ class Audit:
     norms: Mapping[str, NormStep] = field(default_factory=dict)
     helpers: Mapping[str, NormStep] = field(default_factory=dict)
     copies: frozenset[str] = frozenset()
+    stale_copies: Mapping[str, StaleCopy] = field(default_factory=dict)
     is_users: bool = False
     left_evaluating: tuple[str, ...] = ()
     optimized: frozenset[str] = frozenset()
@@ -188,11 +204,20 @@ class Ranks:
         keeps_buffers_apart: whether a DistributedDataParallel was told not to broadcast buffers.
         apart: by path, the largest divergence of the running statistics of a process from those of the first; None
             where they were not compared.
+        synchronised: by path of a synchronised norm, the processes whose batches are one batch for it.
+        trained: by path of a norm inside a DistributedDataParallel, the processes whose gradients that averages.
+        unreduced: by path of such a norm, its parameters that take a gradient and are none of the wrapper's.
+        synchronised_on: by path, on how many of the processes the norm is a synchronised one, where that is not the
+            same on all; None where they were not compared.
     """
 
     processes: int
     keeps_buffers_apart: bool = False
     apart: Mapping[str, float] | None = None
+    synchronised: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    trained: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    unreduced: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    synchronised_on: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -211,3 +236,58 @@ class Padding:
     evaluating: str
     training: str
     change: float | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a model was loaded from, beside what the model has, by name.
+
+    Args:
+        missing: by path of a norm, the buffers of its running statistics that the checkpoint has not, or not in this
+            shape.
+        homeless: by path in the checkpoint, running statistics that it has and the model has not.
+        missing_others, unknown_others: all other names that only the model has, or only the checkpoint.
+        shared, differing: how many tensors both have in one shape; how many of those are not the same in both.
+    """
+
+    missing: Mapping[str, tuple[str, ...]]
+    homeless: Mapping[str, tuple[str, ...]]
+    missing_others: tuple[str, ...]
+    unknown_others: tuple[str, ...]
+    shared: int
+    differing: int
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A norm that is not torch's, in float16, whose output in float32 is another.
+
+    Args:
+        largest: magnitude in what it was given.
+        change: of its output, relative to the largest value of the one in float32.
+    """
+
+    path: str
+    class_name: str
+    largest: float
+    change: float
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A norm whose output is the model's, and numbers that it is trained on.
+
+    Args:
+        norm: its path.
+        reach: root mean square of its weight, which is the deviation of its output in training.
+        target: deviation of the targets, root mean square over their columns.
+    """
+
+    norm: str
+    reach: float
+    target: float
+
+    @property
+    def out_of_reach(self) -> float:
+        """Share of the variance of the targets that an output of this deviation misses, however right it is."""
+        return max(0.0, 1 - self.reach / self.target) ** 2 if self.target else 0.0

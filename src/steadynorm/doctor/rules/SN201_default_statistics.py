@@ -43,6 +43,7 @@ def check(facts: Facts) -> Iterator[Finding]:
             continue
         if (
             path in facts.averaged
+            or path in facts.lost  # SN207
             or norm.state_fault != "default"
             or not drift.is_beyond_chance
             or drift.effect is None

@@ -51,6 +51,7 @@ def check(facts: Facts) -> Iterator[Finding]:
         is_explained = (
             facts.norms[drift.path].state_fault
             or drift.path in facts.averaged
+            or drift.path in facts.lost
             or drift.is_from_dropout
             or is_slow(drift, facts)
             or (facts.correction is not None and facts.correction.norm == drift.path)
@@ -62,7 +63,7 @@ def check(facts: Facts) -> Iterator[Finding]:
 def is_slow(drift: Drift, facts: Facts) -> bool:
     """Whether stale statistics are for a good part those that the layer was made with (SN109)."""
     norm = facts.norms[drift.path]
-    known = norm.state_fault or drift.path in facts.averaged or drift.is_from_dropout
+    known = norm.state_fault or drift.path in {*facts.averaged, *facts.lost} or drift.is_from_dropout
     is_begun = norm.residue > MOST_RESIDUE or drift.is_from_beginning
     return not known and drift.is_beyond_chance and is_begun
 

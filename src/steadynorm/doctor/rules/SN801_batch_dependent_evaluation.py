@@ -72,6 +72,8 @@ def _advice(leak: Leak, facts: Facts) -> str:
         return "eval() leaves this layer in training mode: mend the train() that overrides PyTorch's."
     if norm is not None and not norm.has_statistics:
         return "The layer keeps no running statistics: construct it with track_running_stats=True and recalibrate."
+    if leak.class_name.startswith("DynamicQuantized"):
+        return "It rounds all samples of a batch by one scale, taken from all of them: quantise with static scales."
     return (
         "Look in its forward for F.batch_norm(..., training=True), for means, maxima or a softmax over the axis of the "
         "samples, and for reshapes that move values between samples."

@@ -2,7 +2,8 @@
 
 A rule file is named by its code and its slug. Its docstring is one sentence of advice, then the paragraphs Why, Bad,
 Good and Source; `tests/doctor/test_rules.py` runs Bad and Good. `needs` names the parts of the probe that it reads:
-where one of them could not be looked at, the rule is reported as not checked. `check` is a pure function of the facts.
+where one of them could not be looked at, the rule is reported as not checked. `measures_by` names parts that it reads
+where they are there. `check` is a pure function of the facts.
 
 A code is never used again for another fault. Hundreds are topics, and within them a rule keeps its number whatever it
 becomes. A rule that speaks of taste, or that is right in fewer than nine of ten networks that people train on purpose,
