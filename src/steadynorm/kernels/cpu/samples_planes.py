@@ -32,6 +32,7 @@ from steadynorm.kernels.cpu.simd import (
     larger,
     load_f64,
     parameter,
+    prefetch,
     smaller,
     square_root_of,
     store_f64,
@@ -57,6 +58,14 @@ def extent(args: Any, part: Any) -> Any:
         return part // cuts, part // cuts + 1, start, smaller(start + place(args, at.PIECE), inner)
     each = (channels + splits - 1) // splits
     return smaller(part * each, channels), smaller((part + 1) * each, channels), 0, inner
+
+
+@inlined
+def to_next(args: Any) -> Any:
+    """Values to the unit that is this task's next, which the second sweep asks for; 0 where there is none."""
+    if place(args, at.BLOCK) == 1:
+        return 0
+    return place(args, at.CHANNELS) * place(args, at.INNER)
 
 
 def make_forward(storage: Storage, activation: str | None, is_masked: bool) -> Any:
@@ -129,9 +138,10 @@ def _make_normalize(storage: Storage, activation: str | None, is_masked: bool) -
 
     @inlined
     def value_at(run: Any, i: Any, n: Any, factors: Any) -> Any:
-        x, residual, valid = run
+        x, residual, valid, ahead = run
         high, scale, shift = factors
         if n == LANES:
+            prefetch(x + ahead + i * size)
             z = fma(load(x + i * size) - high, scale, shift)
             if residual != 0:
                 z = z + load(residual + i * size)
@@ -152,7 +162,7 @@ def _make_normalize(storage: Storage, activation: str | None, is_masked: bool) -
         inner, channels = place(args, at.INNER), place(args, at.CHANNELS)
         groups, total, residual = place(args, at.GROUPS), place(args, at.TOTAL), place(args, at.RESIDUAL)
         x, y = total if total != 0 else place(args, at.X), place(args, at.Y)
-        streams = place(args, at.STREAMS) != 0
+        streams, ahead = place(args, at.STREAMS) != 0, to_next(args) * size
         centre, rest, invstd = of_group(args, unit)
         valid = place(args, at.MASK) + unit // groups * inner + low
         group = unit % groups * channels
@@ -161,7 +171,7 @@ def _make_normalize(storage: Storage, activation: str | None, is_masked: bool) -
             weight, bias = of_channel(args, group + c)
             scale = weight * invstd
             factors = splat(centre), splat(scale), splat(bias + rest * scale)
-            write((x + o, residual + o if residual != 0 else 0, valid), y + o, high - low, factors, streams)
+            write((x + o, residual + o if residual != 0 else 0, valid, ahead), y + o, high - low, factors, streams)
 
     return second
 
@@ -304,10 +314,13 @@ def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
 
     @inlined
     def value_at(run: Any, i: Any, n: Any, factors: Any) -> Any:
-        inputs, g, dtotal = run
-        to_z, (weight, slope, centre, invstd) = factors
-        x, _, _, valid, _ = inputs
+        inputs, g, dtotal, ahead = run
+        to_z, (scale, slope, centre) = factors
+        x, dy, _, valid, _ = inputs
         high, zero, o = to_z[0], splat(0.0), i * size
+        if n == LANES:
+            prefetch(x + ahead + o)
+            prefetch(dy + ahead + o)
         if g != 0:
             centred = load(x + o) - high if n == LANES else load_first(x, n, high) - high
             value = load(g + o) if n == LANES else load_first(g, n, zero)
@@ -316,7 +329,7 @@ def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
         more = zero
         if dtotal != 0:
             more = load(dtotal + o) if n == LANES else load_first(dtotal, n, zero)
-        value = fma(fma(centred, slope, fma(value, weight, centre)), invstd, more)
+        value = fma(centred, slope, fma(value, scale, centre)) + more
         if is_masked:
             return where_positive(load_valid(valid + i) if n == LANES else load_valid_first(valid, n), value, zero)
         return value
@@ -330,9 +343,10 @@ def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
         x, dy, dx = place(args, at.X), place(args, at.DY), place(args, at.DX)
         side, g, dtotal = place(args, at.SIDE), place(args, at.G), place(args, at.DTOTAL)
         is_output, streams = place(args, at.IS_OUTPUT) != 0, place(args, at.STREAMS) != 0
+        ahead = to_next(args) * size
         mean, rest, invstd = of_group(args, unit)
-        slope = -load_f64(slot + SECOND) * invstd
-        centre = slope * rest - load_f64(slot + FIRST)
+        slope = -load_f64(slot + SECOND) * invstd * invstd
+        centre = slope * rest - load_f64(slot + FIRST) * invstd
         valid = place(args, at.MASK) + unit // groups * inner + low
         group = unit % groups * channels
         for c in range(start, stop):
@@ -340,9 +354,9 @@ def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
             weight, bias = of_channel(args, group + c)
             scale = weight * invstd
             to_z = splat(mean), splat(scale), splat(bias + rest * scale)
-            to_dx = splat(weight), splat(slope), splat(centre), splat(invstd)
+            to_dx = splat(scale), splat(slope), splat(centre)
             inputs = x + o, dy + o, side + o if side != 0 else 0, valid, is_output
-            run = inputs, g + o if g != 0 else 0, dtotal + o if dtotal != 0 else 0
+            run = inputs, g + o if g != 0 else 0, dtotal + o if dtotal != 0 else 0, ahead
             write(run, dx + o, high - low, (to_z, to_dx), streams)
 
     return second
