@@ -126,12 +126,16 @@ def _known_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of a known call, from tensors that were unpacked once: a checkpoint allows no more."""
     needs_dx, _, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
-    dx, found = numba_known.backward(dy, x, weight, bias, mean, var, ctx.known)
+    dx, dweight, dbias = numba_known.backward(dy, x, weight, bias, mean, var, ctx.known)
+    if weight is not None and dweight.dtype != weight.dtype:
+        dweight = dweight.to(weight.dtype)
+    if bias is not None and dbias.dtype != bias.dtype:
+        dbias = dbias.to(bias.dtype)
     return (
         dx if needs_dx else None,
         None,
-        found[0].to(weight.dtype) if needs_dweight and weight is not None else None,
-        found[1].to(bias.dtype) if needs_dbias and bias is not None else None,
+        dweight if needs_dweight else None,
+        dbias if needs_dbias else None,
         *(None,) * 4,
     )
 

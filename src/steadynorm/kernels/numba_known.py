@@ -29,6 +29,8 @@ class Known(NamedTuple):
     forward: Plan
     backward: Plan
     parameters: int  # whose gradients are needed
+    products: int  # backward: how many sums of parameters there are
+    gradients: torch.dtype  # of the parameters
     keeps_gradient: bool
 
 
@@ -49,18 +51,27 @@ def known(
     threads = torch.get_num_threads()
     forward = plan(False, *given, False, False, threads)
     backward = plan(True, *given, needs_affine, False, threads)
-    parameters = grouping.groups * grouping.channels if needs_affine else 0
-    return Known(forward, backward, parameters, kept_gradient(settings[1], None, None))
+    parameters = grouping.groups * grouping.channels
+    products = backward.products or parameters
+    if not backward.products:
+        # Of one part: the kernel would write what is asked for, in float64.
+        values = at.Integers.from_buffer_copy(backward.template)
+        values[at.PARTS] = 1
+        backward = backward._replace(template=bytes(values))
+    wanted = parameters if needs_affine else 0
+    narrow = {weight_bytes, bias_bytes} <= {0, 4}
+    gradients = torch.float32 if narrow else torch.float64
+    return Known(forward, backward, wanted, products, gradients, kept_gradient(settings[1], None, None))
 
 
 def _lines(size: int) -> int:
     return -(-size // LINE) * LINE
 
 
-def _memory(planned: Plan, values: ctypes.Array[ctypes.c_int64]) -> tuple[Tensor, int]:
+def _memory(planned: Plan, products: int, values: ctypes.Array[ctypes.c_int64]) -> tuple[Tensor, int]:
     """All memory that a call needs besides its results, and the address of the sums of its parts."""
     scratch, shared, flags = _lines(planned.scratch_bytes), _lines(planned.shared_bytes), _lines(8 * planned.flags)
-    memory = torch.empty(scratch + shared + flags + 16 * planned.products + LINE, dtype=torch.uint8, device=CPU)
+    memory = torch.empty(scratch + shared + flags + 16 * products + LINE, dtype=torch.uint8, device=CPU)
     start = _lines(memory.data_ptr())
     values[at.SCRATCH], values[at.SHARED], values[at.FLAGS] = start, start + scratch, start + scratch + shared
     if flags:
@@ -79,7 +90,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Known) 
     y = empty_like(x) if planned.is_large else torch.empty_like(x)
     mean = torch.empty(planned.statistics, dtype=torch.float64, device=CPU)
     var = torch.empty_like(mean)
-    memory, _ = _memory(planned, values)
+    memory, _ = _memory(planned, 0, values)
     values[at.X], values[at.Y] = x.data_ptr(), y.data_ptr()
     values[at.MEAN], values[at.VAR] = mean.data_ptr(), var.data_ptr()
     if weight is not None:
@@ -95,13 +106,14 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, call: Known) 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, call: Known
-) -> tuple[Tensor, Tensor]:
-    """dx; dweight and dbias in float64, (2, parameters)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias, the two in `gradients`, which they are rounded to once."""
     planned = call.backward
     values = at.Integers.from_buffer_copy(planned.template)
     dx = empty_like(x) if planned.is_large else torch.empty_like(x)
-    found = torch.empty((2, call.parameters), dtype=torch.float64, device=CPU)
-    memory, sums = _memory(planned, values)
+    dweight = torch.empty(call.parameters, dtype=call.gradients, device=CPU)
+    dbias = torch.empty_like(dweight)
+    memory, sums = _memory(planned, call.products, values)
     values[at.X], values[at.DY], values[at.DX] = x.data_ptr(), dy.data_ptr(), dx.data_ptr()
     values[at.MEAN], values[at.VAR] = mean.data_ptr(), var.data_ptr()
     if weight is not None:
@@ -112,18 +124,16 @@ def backward(
         values[at.G] = values[at.DX]
     elif planned.streams:
         values[at.STREAMS] = _streams(planned, values[at.DX], x.element_size())
-    dweight = found.data_ptr()
-    dbias = dweight + 8 * call.parameters
-    if planned.products:
-        values[at.DWEIGHT], values[at.DBIAS] = dweight, dbias
-        values[at.PRODUCTS], values[at.TOTALS] = sums, sums + 8 * planned.products
-    else:
-        values[at.PRODUCTS], values[at.TOTALS] = dweight, dbias
+    values[at.DWEIGHT], values[at.DBIAS] = dweight.data_ptr(), dbias.data_ptr()
+    values[at.PRODUCTS], values[at.TOTALS] = sums, sums + 8 * call.products
     address = ctypes.addressof(values)
     build.run(planned.kernel, address, planned.threads)
-    if planned.affine_tasks and call.parameters:
+    if call.parameters:
         values[at.TICKET] = values[at.WORKERS] = 0
-        values[at.TASKS], values[at.BLOCK] = planned.affine_tasks, planned.affine_block
-        build.run(affine(), address, min(planned.threads, planned.affine_tasks))
+        values[at.IS_NARROW] = call.gradients is torch.float32
+        values[at.TASKS], values[at.BLOCK] = 1, call.parameters
+        if planned.affine_tasks:
+            values[at.TASKS], values[at.BLOCK] = planned.affine_tasks, planned.affine_block
+        build.run(affine(), address, min(planned.threads, values[at.TASKS]))
     del memory
-    return dx, found
+    return dx, dweight, dbias

@@ -32,7 +32,6 @@ from steadynorm.kernels.cpu.simd import (
     larger,
     load_f64,
     parameter,
-    prefetch,
     smaller,
     square_root_of,
     store_f64,
@@ -58,14 +57,6 @@ def extent(args: Any, part: Any) -> Any:
         return part // cuts, part // cuts + 1, start, smaller(start + place(args, at.PIECE), inner)
     each = (channels + splits - 1) // splits
     return smaller(part * each, channels), smaller((part + 1) * each, channels), 0, inner
-
-
-@inlined
-def to_next(args: Any) -> Any:
-    """Values to the unit that is this task's next, which the second sweep asks for; 0 where there is none."""
-    if place(args, at.BLOCK) == 1:
-        return 0
-    return place(args, at.CHANNELS) * place(args, at.INNER)
 
 
 def make_forward(storage: Storage, activation: str | None, is_masked: bool) -> Any:
@@ -138,10 +129,9 @@ def _make_normalize(storage: Storage, activation: str | None, is_masked: bool) -
 
     @inlined
     def value_at(run: Any, i: Any, n: Any, factors: Any) -> Any:
-        x, residual, valid, ahead = run
+        x, residual, valid = run
         high, scale, shift = factors
         if n == LANES:
-            prefetch(x + ahead + i * size)
             z = fma(load(x + i * size) - high, scale, shift)
             if residual != 0:
                 z = z + load(residual + i * size)
@@ -162,7 +152,7 @@ def _make_normalize(storage: Storage, activation: str | None, is_masked: bool) -
         inner, channels = place(args, at.INNER), place(args, at.CHANNELS)
         groups, total, residual = place(args, at.GROUPS), place(args, at.TOTAL), place(args, at.RESIDUAL)
         x, y = total if total != 0 else place(args, at.X), place(args, at.Y)
-        streams, ahead = place(args, at.STREAMS) != 0, to_next(args) * size
+        streams = place(args, at.STREAMS) != 0
         centre, rest, invstd = of_group(args, unit)
         valid = place(args, at.MASK) + unit // groups * inner + low
         group = unit % groups * channels
@@ -171,7 +161,7 @@ def _make_normalize(storage: Storage, activation: str | None, is_masked: bool) -
             weight, bias = of_channel(args, group + c)
             scale = weight * invstd
             factors = splat(centre), splat(scale), splat(bias + rest * scale)
-            write((x + o, residual + o if residual != 0 else 0, valid, ahead), y + o, high - low, factors, streams)
+            write((x + o, residual + o if residual != 0 else 0, valid), y + o, high - low, factors, streams)
 
     return second
 
@@ -314,13 +304,10 @@ def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
 
     @inlined
     def value_at(run: Any, i: Any, n: Any, factors: Any) -> Any:
-        inputs, g, dtotal, ahead = run
+        inputs, g, dtotal = run
         to_z, (scale, slope, centre) = factors
-        x, dy, _, valid, _ = inputs
+        x, _, _, valid, _ = inputs
         high, zero, o = to_z[0], splat(0.0), i * size
-        if n == LANES:
-            prefetch(x + ahead + o)
-            prefetch(dy + ahead + o)
         if g != 0:
             centred = load(x + o) - high if n == LANES else load_first(x, n, high) - high
             value = load(g + o) if n == LANES else load_first(g, n, zero)
@@ -343,7 +330,6 @@ def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
         x, dy, dx = place(args, at.X), place(args, at.DY), place(args, at.DX)
         side, g, dtotal = place(args, at.SIDE), place(args, at.G), place(args, at.DTOTAL)
         is_output, streams = place(args, at.IS_OUTPUT) != 0, place(args, at.STREAMS) != 0
-        ahead = to_next(args) * size
         mean, rest, invstd = of_group(args, unit)
         slope = -load_f64(slot + SECOND) * invstd * invstd
         centre = slope * rest - load_f64(slot + FIRST) * invstd
@@ -356,7 +342,7 @@ def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
             to_z = splat(mean), splat(scale), splat(bias + rest * scale)
             to_dx = splat(scale), splat(slope), splat(centre)
             inputs = x + o, dy + o, side + o if side != 0 else 0, valid, is_output
-            run = inputs, g + o if g != 0 else 0, dtotal + o if dtotal != 0 else 0, ahead
+            run = inputs, g + o if g != 0 else 0, dtotal + o if dtotal != 0 else 0
             write(run, dx + o, high - low, (to_z, to_dx), streams)
 
     return second
