@@ -176,7 +176,8 @@ def _plan_rows(settings: Settings, is_backward: bool) -> Plan:
             values[at.PARTS] = tasks
             last_sums = _last_sums(settings, tasks * width)
     else:
-        block = _block(samples, width)
+        # Which asks for its next row while it writes one: of long rows there must be several.
+        block = max(1, FORWARD_BLOCK // width, samples // MOST_TASKS)
         tasks = -(-samples // block)
         worker = 0 if is_prepared else 2 * narrow
     threads = 1 if samples * width < SERIAL_BELOW else min(settings.threads, tasks)
@@ -202,7 +203,7 @@ def _plan_planes(settings: Settings, is_backward: bool) -> Plan:
         cuts = -(-inner // piece)
         splits = cuts * channels if cuts > 1 else splits
     values |= {at.UNITS: units, at.SPLITS: splits, at.CUTS: cuts, at.PIECE: piece}
-    block = _block(units, count) if splits == 1 else 1
+    block = max(1, FORWARD_BLOCK // count)
     tasks = -(-units // block)
     threads = 1 if units * count < SERIAL_BELOW else min(settings.threads, max(tasks, units * splits))
     slot = 16 if is_backward else 24 * splits
@@ -284,11 +285,6 @@ def _plan_positions(settings: Settings, is_backward: bool) -> Plan:
         **_outputs(settings, is_backward, math.gcd(inner, tile)),
         **last_sums,
     )
-
-
-def _block(units: int, count: int) -> int:
-    """Units of `count` values in a task, which asks for the next of them while it writes one."""
-    return max(1, FORWARD_BLOCK // count, units // MOST_TASKS)
 
 
 def _splits(units: int, count: int) -> int:
