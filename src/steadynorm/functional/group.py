@@ -8,7 +8,7 @@ from steadynorm import grouping as grouping_
 from steadynorm.functional import shapes
 from steadynorm.functional.recall import recall, remember
 from steadynorm.functional.sample import Settings, normalize_sample, under_autocast
-from steadynorm.kernels import ACTIVATIONS
+from steadynorm.kernels import ACTIVATIONS, torch_sample
 
 
 def within_groups(
@@ -55,6 +55,15 @@ def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor
     return y if activation is None else ACTIVATIONS[activation](y)
 
 
+def quick_group(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str | None
+) -> Tensor | None:
+    """`group_norm` where little has to be found out for it, which is done unchecked; else None."""
+    if activation is None and (y := torch_sample.group(x, num_groups, weight, bias, eps)) is not None:
+        return y
+    return recall(("group", num_groups, eps, activation), x, weight, bias)
+
+
 def group_norm(
     x: Tensor,
     num_groups: int,
@@ -85,7 +94,7 @@ def group_norm(
     Source: Wu & He, Group Normalization (2018), eq. 1 to 7.
     """
     if residual is None and mask is None:
-        y = recall(("group", num_groups, eps, activation), x, weight, bias)
+        y = quick_group(x, num_groups, weight, bias, eps, activation)
         if y is not None:
             return y
     shapes.check_channels_first(_who, x, None, weight, bias)
