@@ -50,9 +50,11 @@ def take_turns(
         seconds[f"{name}_forward"], seconds[f"{name}_backward"] = [], []
     once = sum(sum(step(rival)) for rival in rivals.values()) / len(rivals)
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(SECONDS_PER_RIVAL / once)))
+    turns = list(rivals.items())
     for _ in range(rounds):
         seconds["copy"].append(copy())
-        for name, rival in rivals.items():
+        turns.append(turns.pop(0))  # nobody always comes behind the copy, which leaves the caches full of its own
+        for name, rival in turns:
             forward, backward = step(rival)
             seconds[f"{name}_forward"].append(forward)
             seconds[f"{name}_backward"].append(backward)

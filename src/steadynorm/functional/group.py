@@ -6,8 +6,9 @@ from torch.nn import functional as F
 
 from steadynorm import grouping as grouping_
 from steadynorm.functional import shapes
+from steadynorm.functional.recall import recall, remember
 from steadynorm.functional.sample import Settings, normalize_sample, under_autocast
-from steadynorm.kernels import ACTIVATIONS
+from steadynorm.kernels import ACTIVATIONS, torch_sample
 
 
 def within_groups(
@@ -24,6 +25,8 @@ def within_groups(
     """y (N, C, *), and mean and biased variance (N · num_groups,), detached."""
     dense, grouping = grouping_.sample_groups(x, num_groups)
     settings = Settings(grouping, eps, activation)
+    if residual is None and mask is None:
+        remember(("group", num_groups, eps, activation), x, dense, weight, bias, settings)
     y, _, mean, var = normalize_sample(dense, weight, bias, settings, residual=residual, mask=mask)
     return y, mean, var
 
@@ -50,6 +53,15 @@ def finish(y: Tensor, residual: Tensor | None, activation: str | None) -> Tensor
     """activation(y + residual), in PyTorch's own operators: for graphs that leave PyTorch."""
     y = y if residual is None else y + residual
     return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def quick_group(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str | None
+) -> Tensor | None:
+    """`group_norm` where little has to be found out for it, which is done unchecked; else None."""
+    if activation is None and (y := torch_sample.group(x, num_groups, weight, bias, eps)) is not None:
+        return y
+    return recall(("group", num_groups, eps, activation), x, weight, bias)
 
 
 def group_norm(
@@ -81,6 +93,10 @@ def group_norm(
 
     Source: Wu & He, Group Normalization (2018), eq. 1 to 7.
     """
+    if residual is None and mask is None:
+        y = quick_group(x, num_groups, weight, bias, eps, activation)
+        if y is not None:
+            return y
     shapes.check_channels_first(_who, x, None, weight, bias)
     shapes.check_groups(_who, num_groups, x.shape[1])
     shapes.check_several(_who, x, num_groups)

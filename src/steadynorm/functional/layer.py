@@ -8,15 +8,10 @@ from torch.nn import functional as F
 
 from steadynorm import grouping as grouping_
 from steadynorm.functional import shapes
+from steadynorm.functional.recall import recall, remember
 from steadynorm.functional.sample import Settings, normalize_sample, under_autocast
 from steadynorm.grouping import dense_like
-from steadynorm.kernels import backends, ops
-
-WIDE = (torch.float32, torch.float64)
-SMALL = 1 << 17
-"""Values up to which the calls of an autograd function from Python cost more than torch's own kernel takes in all."""
-FEW_ROWS = 256
-"""Rows up to which torch's sums of the gradients of weight and bias, in float32, are as good as ours."""
+from steadynorm.kernels import torch_sample
 
 
 def normalize_layer(
@@ -36,35 +31,20 @@ def normalize_layer(
         wide = under_autocast(x)
     if torch.compiler.is_exporting():
         return F.layer_norm(x, x.shape[x.dim() - dims :], weight, bias, eps), x
-    if addend is None and _is_small(x, dims, weight, bias):
-        return _normalize_small(x, dims, weight, bias, eps), x
     dense, grouping = grouping_.layer(wide, dims)
-    y, total, *_ = normalize_sample(dense, weight, bias, Settings(grouping, eps), addend=addend)
+    settings = Settings(grouping, eps)
+    if addend is None and wide is x:
+        remember(("layer", x.shape[x.dim() - dims :], eps), x, dense, weight, bias, settings)
+    y, total, *_ = normalize_sample(dense, weight, bias, settings, addend=addend)
     return dense_like(y, x), x if addend is None else dense_like(total, x)
 
 
-def _is_small(x: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None) -> bool:
-    return (
-        not ops.is_traced(x)
-        and x.numel() <= SMALL
-        and math.prod(x.shape[:-dims]) <= FEW_ROWS
-        and x.is_contiguous()
-        and x.device.type == "cpu"
-        and x.dtype in WIDE
-        and (weight is None or weight.dtype == x.dtype)
-        and (bias is None or bias.dtype == x.dtype)
-        and not backends.is_forced()
-    )
-
-
-def _normalize_small(x: Tensor, dims: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """By torch's own kernel, which loses the digits of a large mean: it is taken off first.
-
-    What is taken off is a constant to the gradient, since no constant of a row changes its result.
-    """
-    shape = x.shape[x.dim() - dims :]
-    means = x.detach().mean(tuple(range(-dims, 0)), keepdim=True)
-    return F.layer_norm(x - means, shape, weight, bias, eps)
+def quick_layer(
+    x: Tensor, shape: tuple[int, ...] | torch.Size, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    """`layer_norm` where little has to be found out for it, which is done unchecked; else None."""
+    y = torch_sample.layer(x, shape, weight, bias, eps)
+    return recall(("layer", shape, eps), x, weight, bias) if y is None else y
 
 
 def layer_norm(
@@ -92,6 +72,8 @@ def layer_norm(
     Source: Ba, Kiros & Hinton, Layer Normalization (2016), eq. 4.
     """
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if addend is None and (y := quick_layer(x, shape, weight, bias, eps)) is not None:
+        return y
     shapes.check_last(_who, x, shape, weight, bias)
     shapes.check_width(_who, math.prod(shape))
     shapes.check_eps(_who, eps)
@@ -115,5 +97,12 @@ def normalize_positions(x: Tensor, weight: Tensor | None, bias: Tensor | None, *
     """
     if torch.compiler.is_exporting():
         return F.layer_norm(x.movedim(1, -1), x.shape[1:2], weight, bias, eps).movedim(-1, 1)
-    dense, grouping = grouping_.positions(under_autocast(x))
-    return normalize_sample(dense, weight, bias, Settings(grouping, eps))[0]
+    known = recall(("positions", eps), x, weight, bias)
+    if known is not None:
+        return known
+    wide = under_autocast(x)
+    dense, grouping = grouping_.positions(wide)
+    settings = Settings(grouping, eps)
+    if wide is x:
+        remember(("positions", eps), x, dense, weight, bias, settings)
+    return normalize_sample(dense, weight, bias, settings)[0]

@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 
 from steadynorm.functional.batch import through_activation
 from steadynorm.grouping import SampleGrouping, dense_like
-from steadynorm.kernels import FROM_OUTPUT, ops, reference_sample
+from steadynorm.kernels import FROM_OUTPUT, numba_known, ops, reference_sample
 from steadynorm.kernels.backends import choose_sample
+from steadynorm.kernels.numba_known import Known
 from steadynorm.kernels.sample_ops import OPS
 
 HALF = (torch.bfloat16, torch.float16)
@@ -46,10 +47,19 @@ class _NormalizeSample(torch.autograd.Function):
         residual: Tensor | None,
         mask: Tensor | None,
         settings: Settings,
-        found: list[Tensor] | None,
+        found: list[Tensor] | Known | None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """`found`: where mean and var go. None when traced: a graph has no place for them but among the outputs."""
-        ctx.settings = settings
+        """`found`: where mean and var go. None when traced: a graph has no place for them but among the outputs.
+
+        Of a call that is known nobody asks for them: it has no addend, residual or mask.
+        """
+        ctx.settings, ctx.known = settings, None
+        if isinstance(found, Known):
+            y, mean, var = numba_known.forward(x, weight, bias, found)
+            ctx.known, ctx.has_addend, ctx.has_residual = found, False, False
+            ctx.save_for_backward(x, weight, bias, None, None, None, mean, var)
+            ctx.set_materialize_grads(False)
+            return y
         y, total, mean, var = _forward(x, addend, weight, bias, residual, mask, settings, found is None)
         ctx.has_addend, ctx.has_residual = addend is not None, residual is not None
         activation = settings.activation
@@ -86,6 +96,9 @@ class _NormalizeSample(torch.autograd.Function):
         grouping, eps, activation, *kind = ctx.settings
         if dy.stride() != total.stride():
             dy = dense_like(dy, total)
+        is_traced = ops.is_traced(total)
+        if ctx.known is not None and not is_traced:
+            return _known_backward(ctx, dy, total, weight, bias, mean, var)
         if dtotal is not None:
             dtotal = dense_like(dtotal, total)
         needs = ctx.needs_input_grad
@@ -93,7 +106,7 @@ class _NormalizeSample(torch.autograd.Function):
         is_dy = needs_dresidual and activation is None and mask is None
         rest = (mean, var, weight, bias, residual, y, mask, eps, activation, *kind)
         wanted = needs_dresidual and not is_dy, needs[2] or needs[3]
-        if ops.is_traced(total):
+        if is_traced:
             dx, dweight, dbias, dresidual = OPS.sample_backward(dy, dtotal, total, *grouping, *rest, *wanted)
         else:
             backend = choose_sample(total, grouping, masked=mask is not None)
@@ -106,6 +119,25 @@ class _NormalizeSample(torch.autograd.Function):
             (dy if is_dy else dresidual) if needs_dresidual else None,
             *(None,) * 3,
         )
+
+
+def _known_backward(
+    ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a known call, from tensors that were unpacked once: a checkpoint allows no more."""
+    needs_dx, _, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
+    dx, dweight, dbias = numba_known.backward(dy, x, weight, bias, mean, var, ctx.known)
+    if weight is not None and dweight.dtype != weight.dtype:
+        dweight = dweight.to(weight.dtype)
+    if bias is not None and dbias.dtype != bias.dtype:
+        dbias = dbias.to(bias.dtype)
+    return (
+        dx if needs_dx else None,
+        None,
+        dweight if needs_dweight else None,
+        dbias if needs_dbias else None,
+        *(None,) * 4,
+    )
 
 
 _apply: Any = super(torch.autograd.Function, _NormalizeSample).apply
@@ -230,6 +262,16 @@ def normalize_sample(
         return _apply(*tensors, settings, found), x, *found
     y, total = _apply(*tensors, settings, found)
     return y, total, *found
+
+
+def apply_known(x: Tensor, weight: Tensor | None, bias: Tensor | None, settings: Settings, call: Known) -> Tensor:
+    """y of a call whose tensors were found to be as the kernels take them."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        y: Tensor = _apply(x, None, weight, bias, None, None, settings, call)
+        return y
+    return numba_known.forward(x, weight, bias, call)[0]
 
 
 def under_autocast(x: Tensor) -> Tensor:

@@ -176,7 +176,8 @@ def _plan_rows(settings: Settings, is_backward: bool) -> Plan:
             values[at.PARTS] = tasks
             last_sums = _last_sums(settings, tasks * width)
     else:
-        block = max(1, FORWARD_BLOCK // width)
+        # Which asks for its next row while it writes one: of long rows there must be several.
+        block = max(1, FORWARD_BLOCK // width, samples // MOST_TASKS)
         tasks = -(-samples // block)
         worker = 0 if is_prepared else 2 * narrow
     threads = 1 if samples * width < SERIAL_BELOW else min(settings.threads, tasks)

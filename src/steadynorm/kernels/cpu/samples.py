@@ -81,6 +81,7 @@ from steadynorm.kernels.cpu.sums import make_sums
     REPEATED,  # neighbouring numbers of a part that belong to one parameter
     DWEIGHT,
     DBIAS,
+    IS_NARROW,  # whether DWEIGHT and DBIAS are float32, and not float64
     NEEDS_AFFINE,
     SPLITS,  # parts of a unit that threads share; 1 where a unit is one task's alone
     SHARED,  # split: the slots of all units, SLOT_BYTES each
@@ -94,7 +95,7 @@ from steadynorm.kernels.cpu.sums import make_sums
     STREAMS,  # whether the output bypasses the caches
     EPS,
     LENGTH,
-) = range(49)
+) = range(50)
 
 Integers = ctypes.c_int64 * LENGTH
 Floats = ctypes.c_double * LENGTH
@@ -421,20 +422,30 @@ def make_affine() -> Any:
     def task(args: Any, task: Any, scratch: Any, common: Any) -> Any:
         products, totals, repeated = place(args, PRODUCTS), place(args, TOTALS), place(args, REPEATED)
         parts, block, width = place(args, PARTS), place(args, BLOCK), place(args, GROUPS) * place(args, CHANNELS)
-        last = smaller((task + 1) * block, width)
+        first, last = task * block, smaller((task + 1) * block, width)
         dweight, dbias = place(args, DWEIGHT), place(args, DBIAS)
-        for c in range(task * block, last):
-            store_f64(dweight + c * 8, 0.0)
-            store_f64(dbias + c * 8, 0.0)
+        # The first part's sums are added to, where they are.
         for part in range(parts):
-            for c in range(task * block, last):
+            for c in range(first, last):
                 product = total = 0.0
                 o = (part * width + c) * repeated * 8
                 for i in range(o, o + repeated * 8, 8):
                     product += load_f64(products + i)
                     total += load_f64(totals + i)
-                store_f64(dweight + c * 8, load_f64(dweight + c * 8) + product)
-                store_f64(dbias + c * 8, load_f64(dbias + c * 8) + total)
+                at_c = c * repeated * 8
+                if part > 0:
+                    product += load_f64(products + at_c)
+                    total += load_f64(totals + at_c)
+                store_f64(products + at_c, product)
+                store_f64(totals + at_c, total)
+        for c in range(first, last):
+            product, total = load_f64(products + c * repeated * 8), load_f64(totals + c * repeated * 8)
+            if place(args, IS_NARROW) != 0:
+                store_f32(dweight + c * 4, product)
+                store_f32(dbias + c * 4, total)
+            else:
+                store_f64(dweight + c * 8, product)
+                store_f64(dbias + c * 8, total)
 
     return over_tasks((begin, task))
 

@@ -305,7 +305,7 @@ def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
     @inlined
     def value_at(run: Any, i: Any, n: Any, factors: Any) -> Any:
         inputs, g, dtotal = run
-        to_z, (weight, slope, centre, invstd) = factors
+        to_z, (scale, slope, centre) = factors
         x, _, _, valid, _ = inputs
         high, zero, o = to_z[0], splat(0.0), i * size
         if g != 0:
@@ -316,7 +316,7 @@ def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
         more = zero
         if dtotal != 0:
             more = load(dtotal + o) if n == LANES else load_first(dtotal, n, zero)
-        value = fma(fma(centred, slope, fma(value, weight, centre)), invstd, more)
+        value = fma(centred, slope, fma(value, scale, centre)) + more
         if is_masked:
             return where_positive(load_valid(valid + i) if n == LANES else load_valid_first(valid, n), value, zero)
         return value
@@ -331,8 +331,8 @@ def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
         side, g, dtotal = place(args, at.SIDE), place(args, at.G), place(args, at.DTOTAL)
         is_output, streams = place(args, at.IS_OUTPUT) != 0, place(args, at.STREAMS) != 0
         mean, rest, invstd = of_group(args, unit)
-        slope = -load_f64(slot + SECOND) * invstd
-        centre = slope * rest - load_f64(slot + FIRST)
+        slope = -load_f64(slot + SECOND) * invstd * invstd
+        centre = slope * rest - load_f64(slot + FIRST) * invstd
         valid = place(args, at.MASK) + unit // groups * inner + low
         group = unit % groups * channels
         for c in range(start, stop):
@@ -340,7 +340,7 @@ def _make_input(storage: Storage, values_at: Any, is_masked: bool) -> Any:
             weight, bias = of_channel(args, group + c)
             scale = weight * invstd
             to_z = splat(mean), splat(scale), splat(bias + rest * scale)
-            to_dx = splat(weight), splat(slope), splat(centre), splat(invstd)
+            to_dx = splat(scale), splat(slope), splat(centre)
             inputs = x + o, dy + o, side + o if side != 0 else 0, valid, is_output
             run = inputs, g + o if g != 0 else 0, dtotal + o if dtotal != 0 else 0
             write(run, dx + o, high - low, (to_z, to_dx), streams)

@@ -32,8 +32,10 @@ from steadynorm.kernels.cpu.simd import (
     widen,
 )
 
-CHANNELS_ADDED = 32
-"""Channels whose values are added in the arithmetic's precision before the sums of a position are widened."""
+CHANNELS_ADDED = 16
+"""Channels whose values are added in the arithmetic's precision before the sums of a position are widened.
+
+Twice as many cost y a tenth of its accuracy, and more than torch's loses."""
 FLUSH = 8
 """Tiles whose gradients of the weight are added in the arithmetic's precision before the sums are widened."""
 AHEAD = 4

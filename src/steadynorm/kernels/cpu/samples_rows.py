@@ -75,15 +75,13 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
         high, invstd, rest = factors
         if n == LANES:
             prefetch(following + i * size)
-            z = fma(load(x + i * size) - high, invstd, rest) * load_lanes(weights + i * lane)
-            if biases != 0:
-                z = z + load_lanes(biases + i * lane)
+            z, weight = fma(load(x + i * size) - high, invstd, rest), load_lanes(weights + i * lane)
+            z = fma(z, weight, load_lanes(biases + i * lane)) if biases != 0 else z * weight
             if residual != 0:
                 z = z + load(residual + i * size)
         else:
-            z = fma(load_first(x, n, high) - high, invstd, rest) * load_lanes(weights)
-            if biases != 0:
-                z = z + load_lanes(biases)
+            z, weight = fma(load_first(x, n, high) - high, invstd, rest), load_lanes(weights)
+            z = fma(z, weight, load_lanes(biases)) if biases != 0 else z * weight
             if residual != 0:
                 z = z + load_first(residual, n, high)
         return apply(z)

@@ -1,0 +1,156 @@
+"""Small tensors that torch's own kernels normalise, and those that they would lose digits of, which they do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import steadynorm as sn
+from steadynorm import functional
+from steadynorm.errors import DegenerateStatisticsError, InputError
+from steadynorm.kernels import torch_sample
+
+CALLS = {
+    "layer": (
+        (32, 70),
+        lambda x, w, b: functional.layer_norm(x, (70,), w, b),
+        lambda x, w, b: F.layer_norm(x, (70,), w, b),
+    ),
+    "layer, two dimensions": (
+        (5, 7, 10),
+        lambda x, w, b: functional.layer_norm(x, (7, 10), w, b),
+        lambda x, w, b: F.layer_norm(x, (7, 10), w, b),
+    ),
+    "group": (
+        (3, 12, 5, 7),
+        lambda x, w, b: functional.group_norm(x, 4, w, b),
+        lambda x, w, b: F.group_norm(x, 4, w, b),
+    ),
+    "group of rows": (
+        (9, 48),
+        lambda x, w, b: functional.group_norm(x, 2, w, b),
+        lambda x, w, b: F.group_norm(x, 2, w, b),
+    ),
+}
+ALL = pytest.mark.parametrize("name", CALLS)
+
+
+def made(name, mean=0.0):
+    shape, ours, theirs = CALLS[name]
+    sizes = shape[1:] if name.startswith("layer") else shape[1:2]
+    x = (torch.randn(shape) + mean).requires_grad_()
+    return ours, theirs, (x, torch.randn(sizes).requires_grad_(), torch.randn(sizes).requires_grad_())
+
+
+def step(call, tensors):
+    y = call(*tensors)
+    return [y, *torch.autograd.grad(y, tensors, torch.linspace(-1, 2, y.numel()).to(y.dtype).reshape(y.shape))]
+
+
+@ALL
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_torchs_bits_where_the_mean_is_small(name, mean):
+    ours, theirs, tensors = made(name, mean)
+    for found, expected in zip(step(ours, tensors), step(theirs, tensors), strict=True):
+        assert torch.equal(found, expected)
+
+
+@ALL
+@pytest.mark.parametrize("mean", [30.0, 1e4, -1e4])
+def test_a_large_mean_costs_no_digits(name, mean):
+    ours, theirs, tensors = made(name, mean)
+    exact = step(theirs, tuple(t.detach().double().requires_grad_() for t in tensors))
+    for found, expected in zip(step(ours, tensors), exact, strict=True):
+        assert (found - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+@ALL
+def test_one_row_that_is_far_is_enough(name):
+    ours, theirs, (x, weight, bias) = made(name)
+    with torch.no_grad():
+        x[-1] += 1e4
+    exact = theirs(*(t.detach().double() for t in (x, weight, bias)))
+    assert (ours(x, weight, bias) - exact).abs().max() < 1e-5
+    assert (theirs(x, weight, bias) - exact).abs().max() > 1e-4  # which is why
+
+
+@ALL
+def test_what_is_not_finite_or_all_the_same(name):
+    ours, _, (x, weight, bias) = made(name)
+    same = torch.full_like(x, 12345.678)
+    torch.testing.assert_close(ours(same, None, None), torch.zeros_like(same), atol=1e-3, rtol=0)
+    with torch.no_grad():
+        x[0] = torch.nan
+    y = ours(x, weight, bias)
+    assert y[0].isnan().all()
+    assert y[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_are_ours(dtype):
+    x = torch.randn(32, 70, dtype=dtype)
+    assert torch_sample.layer(x, (70,), None, None, 1e-5) is None
+    assert torch_sample.group(x, 7, None, None, 1e-5) is None
+
+
+def test_what_else_is_ours():
+    x, images = torch.randn(32, 70), torch.randn(3, 12, 5, 7)
+    assert torch_sample.layer(x, (70,), None, None, 1e-5) is not None
+    assert torch_sample.group(images, 4, None, None, 1e-5) is not None
+    for other in (
+        x.t().contiguous().t(),
+        torch.randn(torch_sample.FEW_ROWS + 1, 70),
+        torch.randn(2, torch_sample.SMALL),
+        x.to("meta"),
+        x[:0],
+    ):
+        assert torch_sample.layer(other, other.shape[1:], None, None, 1e-5) is None
+    for other in (
+        images.contiguous(memory_format=torch.channels_last),
+        torch.randn(1, 4, torch_sample.SMALL_IMAGES // 4 + 1),
+        images[:0],
+        images[0, 0, 0],
+    ):
+        assert torch_sample.group(other, 4, None, None, 1e-5) is None
+    with sn.backend("numba"):
+        assert torch_sample.layer(x, (70,), None, None, 1e-5) is None
+        assert torch_sample.group(images, 4, None, None, 1e-5) is None
+    found = []
+    torch.func.vmap(lambda x: found.append(torch_sample.layer(x, (70,), None, None, 1e-5)) or x)(x[None])
+    assert found == [None]
+
+
+def test_what_torch_refuses_we_refuse_in_our_words():
+    x, images = torch.randn(32, 70), torch.randn(3, 12, 5, 7)
+    for bad in (
+        lambda: functional.layer_norm(x, 35),
+        lambda: functional.layer_norm(x, 70, torch.ones(35)),
+        lambda: functional.layer_norm(x, 70, eps=-1.0),
+        lambda: functional.layer_norm("x", 70),
+        lambda: functional.group_norm(images, 5),
+        lambda: functional.group_norm(images, 0),
+        lambda: functional.group_norm(images, 4, torch.ones(4)),
+        lambda: functional.group_norm(images, 4, eps=float("nan")),
+        lambda: functional.group_norm(images[0, 0, 0], 1),
+        lambda: sn.GroupNorm(4, 16)(images),
+        lambda: sn.LayerNorm(35)(x),
+    ):
+        with pytest.raises((InputError, AttributeError)):
+            bad()
+    for single in (lambda: functional.layer_norm(x, ()), lambda: functional.group_norm(x, 70)):
+        with pytest.raises((InputError, DegenerateStatisticsError)):
+            single()
+    with pytest.raises(DegenerateStatisticsError):
+        functional.layer_norm(x[:, :1], 1)
+
+
+@ALL
+def test_second_derivatives(name):
+    ours, _, (x, weight, bias) = made(name)
+    (dx,) = torch.autograd.grad(ours(x, weight, bias).square().sum(), x, create_graph=True)
+    second = torch.autograd.grad(dx.square().sum(), (x, weight, bias))
+    with sn.backend("reference"):
+        (dx,) = torch.autograd.grad(ours(x, weight, bias).square().sum(), x, create_graph=True)
+        for found, expected in zip(second, torch.autograd.grad(dx.square().sum(), (x, weight, bias)), strict=True):
+            assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
