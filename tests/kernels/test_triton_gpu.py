@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,7 +18,7 @@ from tests.kernels.contract import assert_keeps_contract, everything
 pytest.importorskip("triton")
 
 # NumPy, which the interpreter computes with, warns of what a device does without a word.
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning"), pytest.mark.usefixtures("rounding")]
 
 # The interpreter takes a millisecond or more for each tile of each program: the cases of few.
 QUICK = frozenset(
@@ -55,25 +54,6 @@ def launch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     launch.plan.cache_clear()
     yield request.param
     launch.plan.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 as a device has it, rounded to nearest even: the interpreter cuts."""
-    if not triton_gpu.is_interpreted():
-        return
-    from triton import language as tl
-    from triton.runtime import interpreter
-
-    cut = interpreter._convert_float
-
-    def convert(values, given, wanted, mode):
-        if (given, wanted) == (tl.float32, tl.bfloat16):
-            rounded = torch.from_numpy(np.ascontiguousarray(values)).bfloat16()
-            return rounded.view(torch.int16).numpy().view(np.uint16)
-        return cut(values, given, wanted, mode)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 def _case(case: cases.Case) -> object:

@@ -207,7 +207,8 @@ def sample_backward(
 
     Args:
         dtotal: the gradient that comes to the returned sum; None where there is none.
-        needs_affine: without it dweight and dbias may be empty.
+        needs_affine: without it dweight and dbias may be empty. Without a weight dweight, and without a bias dbias, may
+            hold anything.
     """
     valid = _spread_mask(mask, grouping)
     normalized, invstd = _normalized(total, grouping, mean, var, valid, eps, is_centred)

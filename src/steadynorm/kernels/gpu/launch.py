@@ -67,7 +67,7 @@ def plan(grouping: Grouping, is_double: bool, multiprocessors: int) -> Launch:
         units, chunks = -(-grouping.group // inner), -(-grouping.outer // outer)
         values = grouping.outer * inner
     else:
-        inner = _run(grouping.inner, size)
+        inner = run(grouping.inner, size)
         outer = min(size // inner, above(grouping.outer))
         units, chunks = grouping.group, -(-grouping.outer // outer) * -(-grouping.inner // inner)
         values = grouping.values_per_group
@@ -79,7 +79,7 @@ def plan(grouping: Grouping, is_double: bool, multiprocessors: int) -> Launch:
     return Launch(tile, units, chunks, 1 if is_whole else min(sweeps, PARTS), sweeps, warps)
 
 
-def _run(inner: int, size: int) -> int:
+def run(inner: int, size: int) -> int:
     """Positions of a tile over planes: the longest run that wastes few lanes at the end of a plane."""
     runs = [RUN << k for k in range((size // RUN).bit_length())]
     lanes = {run: -(-inner // run) * run for run in runs}
