@@ -16,13 +16,26 @@ ODD = "7x7"
 """Planes of 49 values, which no wide load fits."""
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
+# Of the calls within a sample, those that are compiled on every push; the slow run has all.
+SAMPLES = ("layer 1024, torch.bfloat16", "rms 16384, addend, torch.bfloat16", "group, channels last", "group, bfloat16")
+
+
+def _compiled(module: str, *names: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.triton_compiled"]
+    command = [sys.executable, "-m", f"tests.kernels.{module}", *names]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    return _compiled("triton_compiled")
+
+
+@pytest.fixture(scope="module", params=["some", pytest.param("all", marks=pytest.mark.slow)])
+def sample_rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    return _compiled("compiled_samples", *(SAMPLES if request.param == "some" else ()))
 
 
 def test_every_kernel_is_compiled(rows):
@@ -45,6 +58,16 @@ def test_blocks_share_a_multiprocessor(rows):
     """Two blocks of 8 warps have 128 registers for each thread: one loads while the other adds."""
     for row in rows:
         assert row["registers"] * row["warps"] * 32 * 2 <= 65536, row
+
+
+def test_nothing_within_a_sample_spills(sample_rows):
+    assert [row for row in sample_rows if row["stack"] or row["local"]] == []
+
+
+def test_loads_within_a_sample_are_16_bytes_wide(sample_rows):
+    for row in sample_rows:
+        # Planes of 49 values are read for themselves backward.
+        assert "16" in row["loads"] or row["of"] == "group 7x7", row
 
 
 @pytest.mark.slow
