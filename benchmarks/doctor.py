@@ -106,6 +106,7 @@ def diagnose(model: nn.Module, samples: int, batch: int, clock: Clock) -> doctor
         train_batches=lambda: batches(2 * samples, batch, 1),
         loss=loss,
         optimizer=optimizer,
+        checkpoint=model.state_dict(),
         on_progress=clock.tick,
     )
 

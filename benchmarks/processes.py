@@ -12,7 +12,7 @@ STATUS = Path("/proc/self/status")
 
 def alone(module: str, *arguments: str) -> Any:
     """What `python -m module arguments` prints as JSON."""
-    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
