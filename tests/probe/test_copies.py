@@ -15,6 +15,7 @@ from tests.doctor.networks import convolutional, mlp
 def learned():
     torch.manual_seed(0)
     model = convolutional(nn.BatchNorm2d)
+    nn.init.uniform_(model[1].bias)
     for x, _ in digits.batches("train", 64, 0):
         model.train()(3 * x)
     return model.eval()
@@ -57,6 +58,14 @@ def test_other_statistics_under_the_same_parameters_are_found():
 def test_a_copy_with_its_buffers_and_one_that_lags_are_let_be(change):
     original = learned()
     assert stale(change(original), [original]) == {}
+
+
+def test_a_copy_of_the_start_follows_nothing():
+    torch.manual_seed(0)
+    start = convolutional(nn.BatchNorm2d)
+    original = lagging(copy.deepcopy(start))
+    nn.init.constant_(original[1].bias, 0.01)
+    assert stale(start, [original]) == {}
 
 
 def test_a_network_of_its_own_and_one_that_shares_parameters_are_let_be():

@@ -8,6 +8,7 @@ from torch import nn
 from steadynorm import models
 from steadynorm.probe.drift import divergence
 from steadynorm.probe.facts import MATERIAL_DIVERGENCE
+from steadynorm.probe.state import has_initial_affine
 from steadynorm.probe.training_facts import StaleCopy
 
 # Distance of the parameters from those of the original, relative to their length. Of two networks that were drawn
@@ -19,9 +20,11 @@ def stale(copy: nn.Module, originals: Iterable[nn.Module]) -> dict[str, StaleCop
     """By path in `copy`, the norms whose statistics are not those of the original's; empty where it is no copy.
 
     A copy that lags has statistics that lag, rightly. So they count only where they were never learned and the
-    original's were, or where all parameters are the original's, bit for bit.
+    original's were, or where all parameters are the original's, bit for bit. A copy of the start, whose norms are as
+    they were made, follows nothing.
     """
     found: dict[str, StaleCopy] = {}
+    has_moved = not all(map(has_initial_affine, models.norms(copy).values()))
     for original in originals:
         distance = _distance(copy, original)
         if distance is None or distance >= NEAR:
@@ -34,7 +37,7 @@ def stale(copy: nn.Module, originals: Iterable[nn.Module]) -> dict[str, StaleCop
             mine, other = models.running_statistics(layer), models.running_statistics(twin)
             apart = divergence(mine, other, float(getattr(layer, "eps", None) or 0.0))
             is_initial = bool((mine[0] == 0).all() and (mine[1] == 1).all())
-            if apart > MATERIAL_DIVERGENCE and (is_initial or distance == 0):
+            if apart > MATERIAL_DIVERGENCE and ((is_initial and has_moved) or distance == 0):
                 found[path] = StaleCopy(apart, is_initial)
     return found
 

@@ -106,7 +106,7 @@ def _norm(path: str, layer: nn.Module, in_training: set[str], is_undone: bool) -
         trains_in_evaluation=is_batch and has_statistics and models.uses_batch_statistics(layer),
         has_statistics=has_statistics,
         batches_tracked=int(tracked) if isinstance(tracked, torch.Tensor) else None,
-        has_initial_affine=_has_initial_affine(layer),
+        has_initial_affine=has_initial_affine(layer),
         takes_single_values=getattr(layer, "single_value", "error") == "running",
         is_toggled=is_batch and has_statistics and path in in_training and not _tracks(layer),
         is_debiased=getattr(layer, "debias", False) is True,
@@ -137,7 +137,8 @@ def _with_statistics(norm: Norm, layer: nn.Module) -> Norm:
     return Norm(**{**vars(norm), **stored})
 
 
-def _has_initial_affine(layer: nn.Module) -> bool:
+def has_initial_affine(layer: nn.Module) -> bool:
+    """See `Norm.has_initial_affine`."""
     weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
     # A bias that was never to be trained, as in front of a classifier for retrieval, says nothing.
     if bias is not None and (bias.requires_grad or bool(bias.any())):
