@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from steadynorm.kernels.gpu.tiles import load
+
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_TAU = tl.constexpr(0.3989422804014327)
 # exp(z) − 1 loses its digits near zero; above this the series below is exact to a rounding of float64.
@@ -49,6 +51,22 @@ def gradient(dy, z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "elu":
         dy = tl.where(z <= 0, dy * tl.exp(tl.where(z <= 0, z, 0)), dy)
     return dy
+
+
+@triton.jit
+def gradient_at(dy, side, offset, there, normalized, weight, bias, ACTIVATION: tl.constexpr, ACC: tl.constexpr):
+    """g = dy · activation'(z) of a tile. `side` is residual and y, of which one may tell z."""
+    g = load(dy, offset, there, ACC)
+    if ACTIVATION is not None:
+        residual, y = side
+        if y is not None:
+            z = load(y, offset, there, ACC)
+        else:
+            z = normalized * weight + bias
+            if residual is not None:
+                z += load(residual, offset, there, ACC)
+        g = gradient(g, z, ACTIVATION)
+    return g
 
 
 @triton.jit

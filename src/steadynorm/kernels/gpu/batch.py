@@ -8,7 +8,7 @@ program sees all values of a channel (`splits` = 1) it finishes them; else the p
 import triton
 import triton.language as tl
 
-from steadynorm.kernels.gpu.activations import activate, gradient
+from steadynorm.kernels.gpu.activations import activate, gradient_at
 from steadynorm.kernels.gpu.tiles import (
     channels,
     count_of,
@@ -182,21 +182,12 @@ def _constants(statistics, affine, unit, group, EPS: tl.constexpr, TILE: tl.cons
 
 @triton.jit
 def _gradient(dy, x, side, mask, where, constants, ACTIVATION: tl.constexpr, TILE: tl.constexpr):
-    """x̂ and g of a chunk, zero where nothing is valid. `side` is residual and y, of which one may tell z."""
+    """x̂ and g of a chunk, zero where nothing is valid."""
     ACC: tl.constexpr = tl.float64 if TILE[4] else tl.float32
     offset, at, there = where
     high, low, invstd, weight, bias = constants
-    residual, y = side
     normalized = (load(x, offset, there, ACC) - high) * invstd - low
-    g = load(dy, offset, there, ACC)
-    if ACTIVATION is not None:
-        if y is not None:
-            z = load(y, offset, there, ACC)
-        else:
-            z = normalized * weight + bias
-            if residual is not None:
-                z += load(residual, offset, there, ACC)
-        g = gradient(g, z, ACTIVATION)
+    g = gradient_at(dy, side, offset, there, normalized, weight, bias, ACTIVATION, ACC)
     valid = is_valid(mask, at, there)
     return tl.where(valid, normalized, 0), tl.where(valid, g, 0)
 

@@ -8,7 +8,7 @@ statistics, `scaling` scale and shift of the channels, both as they meet the til
 import triton
 import triton.language as tl
 
-from steadynorm.kernels.gpu.activations import activate, gradient
+from steadynorm.kernels.gpu.activations import activate, gradient_at
 from steadynorm.kernels.gpu.tiles import is_valid, load
 
 
@@ -48,20 +48,11 @@ def finish(normalized, residual, mask, y, where, scaling, ACTIVATION: tl.constex
 
 @triton.jit
 def gradients(dy, x, side, mask, where, constants, scaling, ACTIVATION: tl.constexpr, ACC: tl.constexpr):
-    """x̂ and g, zero where nothing is valid. `side` is residual and y, of which one may tell z."""
+    """x̂ and g, zero where nothing is valid."""
     offset, there = where[0], where[3]
     high, low, invstd = constants
-    residual, y = side
     normalized = (load(x, offset, there, ACC) - high) * invstd - low
-    g = load(dy, offset, there, ACC)
-    if ACTIVATION is not None:
-        if y is not None:
-            z = load(y, offset, there, ACC)
-        else:
-            z = normalized * scaling[0] + scaling[1]
-            if residual is not None:
-                z += load(residual, offset, there, ACC)
-        g = gradient(g, z, ACTIVATION)
+    g = gradient_at(dy, side, offset, there, normalized, scaling[0], scaling[1], ACTIVATION, ACC)
     is_there = valid(mask, where)
     return tl.where(is_there, normalized, 0), tl.where(is_there, g, 0)
 
