@@ -21,6 +21,7 @@ ROWS_PER_TASK = 32  # at least, backward: every task has sums for all parameters
 MOST_TASKS = 64
 FEW_TASKS = 4  # where there are less rows than that
 LEAST_TASKS = 16  # units; fewer are shared by the threads
+TURNS = 8  # of all threads: with that many of whole units nobody waits long for the last
 LARGE_UNIT = 1 << 17  # values; about what a second cache holds
 SMALL_PART = 1 << 13  # values; what a thread should have to do at least
 ROWS_PER_PART = 64  # at least, where channels are last: every part has sums for all channels
@@ -207,19 +208,21 @@ def _plan_planes(settings: Settings, is_backward: bool) -> Plan:
     tasks = -(-units // block)
     threads = 1 if units * count < SERIAL_BELOW else min(settings.threads, max(tasks, units * splits))
     slot = 16 if is_backward else 24 * splits
+    is_shared = _is_shared(units, splits, threads)
     last_sums: dict[str, Any] = {}
     if is_backward and (samples * cuts > 1 or not settings.needs_affine):
         values |= {at.PARTS: samples, at.REPEATED: cuts}
         last_sums = _last_sums(settings, units * channels * cuts)
-    values |= {at.BLOCK: block, at.TASKS: tasks, at.WORKER_BYTES: 64, at.SLOT_BYTES: slot}
+    worker = -(-slot // 64) * 64
+    values |= {at.IS_SHARED: is_shared, at.BLOCK: block, at.TASKS: tasks, at.WORKER_BYTES: worker, at.SLOT_BYTES: slot}
     kind = "planes_backward" if is_backward else "planes_forward"
     return Plan(
         _kernel(kind, settings.dtype, settings.activation, settings.is_masked),
         at.template(values),
         threads,
-        64 * threads,
-        shared_bytes=units * slot if splits > 1 else 0,
-        flags=2 * units if splits > 1 else 0,
+        0 if is_shared else worker * threads,
+        shared_bytes=units * slot if is_shared else 0,
+        flags=2 * units if is_shared else 0,
         **_outputs(settings, is_backward, inner),
         **last_sums,
     )
@@ -237,7 +240,8 @@ def _plan_last(settings: Settings, is_backward: bool) -> Plan:
     block = max(1, FORWARD_BLOCK // count)
     tasks = -(-samples // block)
     threads = 1 if samples * count < SERIAL_BELOW else min(settings.threads, max(tasks, samples * splits))
-    values |= {at.UNITS: samples, at.SPLITS: splits, at.BLOCK: block, at.TASKS: tasks}
+    is_shared = _is_shared(samples, splits, threads)
+    values |= {at.UNITS: samples, at.SPLITS: splits, at.IS_SHARED: is_shared, at.BLOCK: block, at.TASKS: tasks}
     values |= {at.WORKER_BYTES: slot, at.SLOT_BYTES: slot}
     last_sums: dict[str, Any] = {}
     if is_backward and (samples > 1 or not settings.needs_affine):
@@ -248,9 +252,9 @@ def _plan_last(settings: Settings, is_backward: bool) -> Plan:
         _kernel(kind, settings.dtype, settings.activation),
         at.template(values),
         threads,
-        slot * threads if splits == 1 else 0,
-        shared_bytes=samples * slot if splits > 1 else 0,
-        flags=2 * samples if splits > 1 else 0,
+        0 if is_shared else slot * threads,
+        shared_bytes=samples * slot if is_shared else 0,
+        flags=2 * samples if is_shared else 0,
         **_outputs(settings, is_backward, columns),
         **last_sums,
     )
@@ -293,6 +297,11 @@ def _splits(units: int, count: int) -> int:
         return 1
     least = -(-LEAST_TASKS // units)
     return min(max(least if units < LEAST_TASKS else 1, count // LARGE_UNIT), max(1, count // SMALL_PART))
+
+
+def _is_shared(units: int, splits: int, threads: int) -> bool:
+    """Whether threads share units of several parts: where they would not be done at about the same time otherwise."""
+    return splits > 1 and threads > 1 and units % threads != 0 and units < TURNS * threads
 
 
 def _tasks_backward(samples: int, width: int) -> int:

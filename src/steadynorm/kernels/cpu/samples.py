@@ -83,10 +83,11 @@ from steadynorm.kernels.cpu.sums import make_sums
     DBIAS,
     IS_NARROW,  # whether DWEIGHT and DBIAS are float32, and not float64
     NEEDS_AFFINE,
-    SPLITS,  # parts of a unit that threads share; 1 where a unit is one task's alone
-    SHARED,  # split: the slots of all units, SLOT_BYTES each
+    SPLITS,  # parts of a unit, each of which has sums of its own
+    IS_SHARED,  # whether threads share a unit, part by part; else it is one task's alone
+    SHARED,  # the slots of all units that are shared, SLOT_BYTES each
     SLOT_BYTES,
-    FLAGS,  # split: for each unit how many parts are done, and whether what they all need is there; zeros at first
+    FLAGS,  # of shared units: for each unit how many parts are done, and whether what they all need is there; zeros at first
     CUTS,  # planes: pieces of a channel
     PIECE,  # planes: values in one of them
     IS_CENTRED,
@@ -95,7 +96,7 @@ from steadynorm.kernels.cpu.sums import make_sums
     STREAMS,  # whether the output bypasses the caches
     EPS,
     LENGTH,
-) = range(50)
+) = range(51)
 
 Integers = ctypes.c_int64 * LENGTH
 Floats = ctypes.c_double * LENGTH
@@ -226,20 +227,23 @@ def over_units(first: Any, between: Any, second: Any) -> Any:
     """A kernel of two sweeps over every unit (a group, a sample), with a little work between them.
 
     `first(args, unit, part, slot)`, `between(args, unit, slot)`, `second(args, unit, part, slot)`. A unit is either
-    swept by one thread, while it is in its cache, or in parts by all of them: the first sweep of the next unit comes
-    before the second sweep of this one, so that nobody waits for the last part. Who takes a part of a second sweep
-    waits for tickets drawn before its own, which are all being worked on: there is always one that does not wait.
+    swept by one thread, which begins the second sweep with what it saw last, or by all of them: the first sweep of the
+    next unit comes before the second sweep of this one, so that nobody waits for the last part. Who takes a part of a
+    second sweep waits for tickets drawn before its own, which are all being worked on: there is always one that does
+    not wait. The parts are the same either way, and so are the results.
     """
 
     @inlined
     def alone(args: Any, slot: Any) -> Any:
-        tasks, block, units = place(args, TASKS), place(args, BLOCK), place(args, UNITS)
+        tasks, block, units, splits = place(args, TASKS), place(args, BLOCK), place(args, UNITS), place(args, SPLITS)
         task = next_ticket(args)
         while task < tasks:
             for unit in range(task * block, smaller((task + 1) * block, units)):
-                first(args, unit, 0, slot)
+                for part in range(splits):
+                    first(args, unit, part, slot)
                 between(args, unit, slot)
-                second(args, unit, 0, slot)
+                for part in range(splits):
+                    second(args, unit, splits - 1 - part, slot)
             task = next_ticket(args)
 
     @inlined
@@ -265,7 +269,7 @@ def over_units(first: Any, between: Any, second: Any) -> Any:
             task = next_ticket(args)
 
     def kernel(args: Any) -> Any:
-        if place(args, SPLITS) == 1:
+        if place(args, IS_SHARED) == 0:
             alone(args, place(args, SCRATCH) + next_ticket(args + WORKERS * 8) * place(args, WORKER_BYTES))
         else:
             together(args)
