@@ -87,7 +87,7 @@ from steadynorm.kernels.cpu.sums import make_sums
     IS_SHARED,  # whether threads share a unit, part by part; else it is one task's alone
     SHARED,  # the slots of all units that are shared, SLOT_BYTES each
     SLOT_BYTES,
-    FLAGS,  # of shared units: for each unit how many parts are done, and whether what they all need is there; zeros at first
+    FLAGS,  # of each: how many parts are done, and whether what they all need is there; zeros at first
     CUTS,  # planes: pieces of a channel
     PIECE,  # planes: values in one of them
     IS_CENTRED,

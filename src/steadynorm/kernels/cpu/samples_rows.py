@@ -1,8 +1,10 @@
 """Statistics of rows, with a weight that runs along the row: LayerNorm and RMSNorm, and GroupNorm of (N, C).
 
 A row is swept while it is in the first caches: forward for its statistics and for its output, backward for its sums
-and for its gradient. Sums of the weight's gradient are kept as one narrow row beside it, widened every FLUSH rows.
-A task is a block of rows that does not depend on the number of threads, and neither do its sums.
+and for its gradient. Meanwhile a later row is asked for: back x in the first sweep and dy in the second, since memory
+answers a limited number of requests at a time. Sums of the weight's gradient are kept as one narrow row beside it,
+widened every FLUSH rows. A task is a block of rows that does not depend on the number of threads, and neither do its
+sums.
 """
 
 from functools import cache
@@ -28,6 +30,7 @@ from steadynorm.kernels.cpu.simd import (
     fma,
     keep_last,
     lanes_sum,
+    larger,
     load_f32,
     load_f64,
     load_v64,
@@ -43,6 +46,8 @@ FLUSH = 16
 """Rows whose gradients of the weight are added in the arithmetic's precision before the sums are widened."""
 CHUNK = 64 * LANES
 """Values of a row added in the arithmetic's precision: 32 terms a lane in each of two chains."""
+AHEAD = 1 << 11
+"""Bytes that are asked for ahead, at least: of shorter rows the next one comes too soon, which cost a tenth."""
 APART = 5 * 64
 """Bytes between narrow rows: at a distance of whole pages a load waits for a store to the same place of another."""
 
@@ -101,7 +106,7 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
         means, variances = place(args, at.MEAN), place(args, at.VAR)
         streams, is_centred = place(args, at.STREAMS) != 0, place(args, at.IS_CENTRED) != 0
         eps, block = load_f64(args + at.EPS * 8), place(args, at.BLOCK) * groups
-        group, per_count = 0, 1.0 / n
+        group, per_count, ahead = 0, 1.0 / n, larger(n * size, AHEAD)
         for r in range(task * block, smaller((task + 1) * block, place(args, at.SAMPLES) * groups)):
             o = r * n * size
             row = x + o
@@ -121,7 +126,7 @@ def make_forward(storage: Storage, activation: str | None) -> Any:
                 factors = splat(high), splat(invstd), splat(rest * invstd)
                 beside = residual + o if residual != 0 else 0
                 first = group * n * lane
-                run = row, beside, weights + first, biases + first if biases != 0 else 0, x + o + n * size
+                run = row, beside, weights + first, biases + first if biases != 0 else 0, x + o + ahead
                 write(run, y + o, n, factors, streams)
             group += 1
             if group == groups:
@@ -172,7 +177,7 @@ def make_backward(storage: Storage, activation: str | None) -> Any:
         is_output, streams = place(args, at.IS_OUTPUT) != 0, place(args, at.STREAMS) != 0
         is_centred, needs_affine = place(args, at.IS_CENTRED) != 0, place(args, at.NEEDS_AFFINE) != 0
         eps, block = load_f64(args + at.EPS * 8), place(args, at.BLOCK) * groups
-        width, per_count = groups * n, 1.0 / n
+        width, per_count, ahead = groups * n, 1.0 / n, larger(n * size, AHEAD)
         wide_products = place(args, at.PRODUCTS) + task * width * 8
         wide_totals = place(args, at.TOTALS) + task * width * 8
         if needs_affine:
@@ -199,11 +204,12 @@ def make_backward(storage: Storage, activation: str | None) -> Any:
                     dtotal + o if dtotal != 0 else 0,
                 )
                 factors = splat(high), splat(invstd), splat(rest * invstd)
-                total, product = sums(run, n, factors, is_output, products + first, totals + first, needs_affine)
+                given = factors, is_output, ahead
+                total, product = sums(run, n, given, products + first, totals + first, needs_affine)
                 product = product * per_count
                 total = total * per_count if is_centred else 0.0
                 more = splat(-product), splat(total)
-                write(run, dx + o, n, (factors, more, is_output, n * size), streams)
+                write(run, dx + o, n, (given, more), streams)
             done += 1
             if done == FLUSH and needs_affine:
                 flush(products, wide_products, width)
@@ -227,14 +233,15 @@ def _make_sums(storage: Storage, activation: str | None) -> Any:
     size, lane, gradient = storage.bytes, storage.lane_bytes, make_gradient(storage, activation)
 
     @inlined
-    def values_at(run: Any, i: Any, n: Any, factors: Any, is_output: Any) -> Any:
+    def values_at(run: Any, i: Any, n: Any, given: Any) -> Any:
         """x̂ and g of a vector, zero in the lanes after the first `n`, and the weight."""
         x, dy, side, _, weights, biases, _ = run
-        high, invstd, rest = factors
+        (high, invstd, rest), is_output, ahead = given
         o, zero = i * size, splat(0.0)
         weight = load_lanes(weights + i * lane)
         bias = load_lanes(biases + i * lane) if biases != 0 else zero
         if n == LANES:
+            prefetch(x + ahead + o)
             normalized = fma(load(x + o) - high, invstd, rest)
             beside = load(side + o) if side != 0 else zero
             value = gradient(normalized, load(dy + o), weight, bias, beside, is_output)
@@ -250,7 +257,7 @@ def _make_sums(storage: Storage, activation: str | None) -> Any:
         store_vector(totals + i * lane, load_lanes(totals + i * lane) + value)
 
     @inlined
-    def sums(run: Any, n: Any, factors: Any, is_output: Any, products: Any, totals: Any, needs_affine: Any) -> Any:
+    def sums(run: Any, n: Any, given: Any, products: Any, totals: Any, needs_affine: Any) -> Any:
         g = run[3]
         total = product = 0.0
         whole = n // LANES * LANES
@@ -259,13 +266,13 @@ def _make_sums(storage: Storage, activation: str | None) -> Any:
         if whole == n:
             last, last_value, last_weight = splat(0.0), splat(0.0), splat(0.0)
         elif n < LANES:
-            last, last_value, last_weight = values_at(run, 0, n, factors, is_output)
+            last, last_value, last_weight = values_at(run, 0, n, given)
         else:
-            last, last_value, last_weight = values_at(run, n - LANES, LANES, factors, is_output)
+            last, last_value, last_weight = values_at(run, n - LANES, LANES, given)
         for start in range(0, whole, CHUNK):
             s0 = p0 = splat(0.0)
             for i in range(start, smaller(start + CHUNK, whole), LANES):
-                normalized, value, weight = values_at(run, i, LANES, factors, is_output)
+                normalized, value, weight = values_at(run, i, LANES, given)
                 if g != 0:
                     store(g + i * size, value)
                 if needs_affine:
@@ -330,12 +337,11 @@ def _make_input(storage: Storage, activation: str | None) -> Any:
     @inlined
     def value_at(run: Any, i: Any, n: Any, factors: Any) -> Any:
         x, dy, side, g, weights, biases, dtotal = run
-        (high, invstd, rest), (slope, centre), is_output, bytes_of_row = factors
+        ((high, invstd, rest), is_output, ahead), (slope, centre) = factors
         o, zero = i * size, splat(0.0)
         weight = load_lanes(weights + i * lane)
         if n == LANES:
-            prefetch(x + bytes_of_row + o)
-            prefetch(dy + bytes_of_row + o)
+            prefetch(dy + ahead + o)
             normalized = fma(load(x + o) - high, invstd, rest)
             if g != 0:
                 value = load(g + o)
