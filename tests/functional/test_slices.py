@@ -18,6 +18,10 @@ SHAPES = {
     "rows": ((50, 70), (20, 20, 10)),
     "rows, folded": ((300, 5), (100, 100, 100)),
     "rows, many": ((4000, 48), (1500, 1500, 1000)),
+    "planes, a slice each": ((8, 40, 30, 30), (2, 2, 2, 2)),
+    "channels last, a slice of two tasks each": ((4, 64, 80, 80), (1, 1, 1, 1)),
+    "rows, a slice each": ((2048, 70), (512, 512, 512, 512)),
+    "rows, folded, a slice each": ((8192, 11), (2048, 2048, 2048, 2048)),
 }
 
 
@@ -65,7 +69,10 @@ def test_every_slice_is_a_batch_of_its_own(name, activation, threads):
     torch.testing.assert_close(found[2], whole.var(1, unbiased=False), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["planes, many tasks", "channels last, many tasks", "rows, many"])
+LARGE = [name for name in SHAPES if "many" in name or "each" in name]
+
+
+@pytest.mark.parametrize("name", LARGE)
 def test_bits_do_not_depend_on_the_number_of_threads(name, threads):
     x, residual, dy, weight, bias, sizes = tensors(name)
     found = []
@@ -117,6 +124,22 @@ def test_a_weight_in_half_precision():
 def test_a_residual_of_another_shape():
     with pytest.raises(InputError, match="residual got shape"):
         normalize_slices(torch.randn(6, 4, 5), (3, 3), residual=torch.randn(3, 4, 5))
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 5), (6, 4), (6, 70)])
+@pytest.mark.parametrize("sizes", [(0, 6), (3, 0, 3), (6, 0)])
+def test_a_slice_of_no_samples_is_as_if_it_were_not_there(shape, sizes):
+    x = torch.randn(shape)
+    found, expected = (normalize_slices(x, given) for given in (sizes, tuple(size for size in sizes if size)))
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1].var, expected[1].var)
+
+
+def test_slices_far_from_each_other_are_pooled_to_the_last_digits():
+    x = torch.randn(64, 40, dtype=torch.float64) + 1e6 * torch.arange(4).repeat_interleave(16)[:, None]
+    _, pooled = normalize_slices(x, (16,) * 4)
+    torch.testing.assert_close(pooled.mean, x.mean(0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(pooled.var, x.var(0, unbiased=False), rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("sizes", [(3, 2), (), (7, -1)])

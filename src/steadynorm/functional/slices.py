@@ -1,7 +1,6 @@
 """Batch normalization of slices of a batch, each by its own statistics."""
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from steadynorm.functional.batch import check_extras, normalize_batch, runs_comp
 from steadynorm.grouping import Grouping, dense_like, is_channels_last
 from steadynorm.kernels import FROM_OUTPUT, numba_cpu, ops, reference
 from steadynorm.kernels.batch_plans import is_readable
-from steadynorm.moments import Moments, merge, merge_rows
+from steadynorm.moments import Moments, merge
 
 
 class _Settings(NamedTuple):
@@ -38,12 +37,12 @@ class _NormalizeSlices(torch.autograd.Function):
         settings: _Settings,
     ) -> Tensor:
         ctx.settings = settings
-        y, *found = _forward(x, weight, bias, residual, settings)
-        settings.found.extend(found)
+        y, each, together = _forward(x, weight, bias, residual, settings)
+        settings.found.extend(together)
         ctx.has_residual = residual is not None
         takes_output = ctx.has_residual and settings.activation in FROM_OUTPUT
         kept = residual if settings.activation is not None and not takes_output else None
-        ctx.save_for_backward(x, weight, bias, kept, y if takes_output else None, *found)
+        ctx.save_for_backward(x, weight, bias, kept, y if takes_output else None, *each)
         return y
 
     @staticmethod
@@ -66,16 +65,21 @@ class _NormalizeSlices(torch.autograd.Function):
         dx, dweight, dbias, g = numba_slices.backward(dy, x, grouping, sizes, mean, var, *rest)
         return (
             dx if needs[0] else None,
-            dweight.sum(0).to(weight.dtype) if needs[1] else None,
-            dbias.sum(0).to(bias.dtype) if needs[2] else None,
+            dweight.to(weight.dtype) if needs[1] else None,
+            dbias.to(bias.dtype) if needs[2] else None,
             (dy if is_dy else g) if needs_dresidual else None,
             None,
         )
 
 
+_apply: Any = super(torch.autograd.Function, _NormalizeSlices).apply
+"""`_NormalizeSlices.apply` less its looking for functional transforms, which `_is_for_kernels` has done."""
+
+
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, settings: _Settings
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Iterable[Tensor], Iterable[Tensor]]:
+    """y, mean and variance of each slice, and of all together."""
     from steadynorm.kernels import numba_slices
 
     grouping, sizes, eps, activation, _ = settings
@@ -110,6 +114,7 @@ def normalize_slices(
     check_extras(x, residual, activation, mask)
     if sum(sizes) != x.shape[0] or min(sizes, default=-1) < 0:
         raise InputError(f"sizes got {sizes}, expected samples of slices that add up to the {x.shape[0]} of x.")
+    sizes = tuple(size for size in sizes if size) or (0,)
     # A parameter that several slices use adds its gradients up unrounded.
     weight, bias = (None if t is None else t.to(reference.compute_dtype(t)) for t in (weight, bias))
     if not _is_for_kernels(x, weight, bias, residual, mask):
@@ -119,20 +124,11 @@ def normalize_slices(
     settings = _Settings(grouping, sizes, eps, activation, [])
     tensors = (x, weight, bias, residual)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y = _NormalizeSlices.apply(*tensors, settings)
+        y = _apply(*tensors, settings)
         mean, var = settings.found
     else:
-        y, mean, var = _forward(*tensors, settings)
-    values = grouping.values_per_group
-    each = values // sum(sizes)
-    merged = merge_rows(Moments(mean, var, sizes[0] * each if len(set(sizes)) == 1 else _counts(sizes, each, mean)))
-    return y, Moments(merged.mean, merged.var, values)
-
-
-def _counts(sizes: Sequence[int], each: int, like: Tensor) -> Tensor:
-    """Values behind each slice, made on the device, run by run of equal sizes: a copy from the host would wait."""
-    runs = [like.new_full((len([*run]),), size * each) for size, run in groupby(sizes)]
-    return torch.cat(runs)
+        y, _, (mean, var) = _forward(*tensors, settings)
+    return y, Moments(mean, var, grouping.values_per_group)
 
 
 def _is_for_kernels(

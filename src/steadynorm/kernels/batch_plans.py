@@ -70,6 +70,8 @@ MAKERS = {
     "rows_input": ("rows", "make_input"),
     "running_update": ("running", "make_update"),
     "each": ("each", "make_each"),
+    "slices_pool": ("slices", "make_pool"),
+    "slices_add": ("slices", "make_add"),
 }
 
 

@@ -1,11 +1,14 @@
 """Batch normalization of slices of a batch, each by its own statistics: the compiled kernels, run once for all slices.
 
 A slice is a call of its own whose arguments differ in addresses and sizes only. They lie one after the other, and one
-kernel (`kernels/cpu/each.py`) goes through them on all threads.
+kernel (`kernels/cpu/each.py`) goes through them: a thread does whole slices, step after step while they are in its
+caches, or all threads share the tasks of each. What depends on sizes is kept, so that a call adds addresses to it.
 """
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
+from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,52 +20,113 @@ from steadynorm.kernels.batch_plans import CPU, SERIAL_BELOW, compiled, last_lev
 from steadynorm.kernels.cpu import arguments as at
 from steadynorm.kernels.cpu import build
 from steadynorm.kernels.cpu import each as to
+from steadynorm.kernels.cpu import slices as of
 from steadynorm.kernels.cpu.memory import empty_like
 from steadynorm.kernels.numba_cpu import kept_gradient, side_of
 from steadynorm.kernels.numba_small import PLANES, ROWS
 
-LINE = 64  # bytes: memory that different threads write to is apart by these
+LINE = 64
+"""Bytes: memory that different threads write to is apart by these."""
+LONGEST = 1.15
+"""Times a fair share that the busiest thread may get of whole slices; otherwise threads share the tasks of each."""
+
+OF_TENSORS = (at.X, at.Y, at.RESIDUAL, at.DY, at.SIDE, at.G, at.DX)
+OF_STATISTICS = (at.MEAN, at.VAR, at.DWEIGHT, at.DBIAS)
+
+Array = np.ndarray[Any, Any]
+Variant = tuple[str | bool | None, ...]
+
+
+class Settings(NamedTuple):
+    """All that a plan is made of."""
+
+    direction: str
+    grouping: Grouping
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    eps: float
+    variant: Variant
+    places: tuple[int, ...]  # of the arguments that point to a tensor
+    weight_bytes: int
+    bias_bytes: int
+    output: int  # the place of what is written, if it may bypass the caches; else 0
+    threads: int
 
 
 class Plan(NamedTuple):
     """What a call does that depends on sizes only."""
 
-    template: np.ndarray[Any, np.dtype[np.int64]]  # (slices, places)
-    starts: np.ndarray[Any, np.dtype[np.int64]]  # of each slice, in values
-    group: int
-    is_rows: bool
-    is_whole: bool  # whether threads share slices, instead of the tasks of each
+    offsets: Array  # (slices, places): arguments, with the bytes from its beginning for what points to a tensor
+    steps: tuple[tuple[int, int, bool], ...]  # a kernel, its stages, and whether calls are whole
+    is_whole: bool
     threads: int
     scratch_bytes: int
-    columns: np.ndarray[Any, np.dtype[np.int64]]  # of each slice, in the scratch memory; what it needs besides follows
-    scratch: np.ndarray[Any, np.dtype[np.int64]]
+    room: int
+    first_rows: Array | None  # of each slice, in values, where rows are folded
     fold: int
-    is_streamable: np.ndarray[Any, np.dtype[np.bool_]]
+    streams: Array | None  # slices whose output bypasses the caches, if it begins with a whole vector
+    shares: Array
+
+
+def _longest(sizes: Sequence[int], threads: int) -> float:
+    """What the busiest thread does of slices that are taken in their order, in fair shares."""
+    done = [0] * threads
+    for size in sizes:
+        heappush(done, heappop(done) + size)
+    return max(done) * threads / max(sum(sizes), 1)
 
 
 @lru_cache(maxsize=256)
-def _plan(grouping: Grouping, sizes: tuple[int, ...], dtype: torch.dtype, eps: float, threads: int) -> Plan:
-    rows = grouping.outer // sum(sizes)
-    parts = [grouping._replace(outer=size * rows) for size in sizes]
-    plans = [plan(part, dtype, eps, False, threads) for part in parts]
-    most = max(p.threads for p in plans)
+def _plan(*given: Any) -> Plan:
+    settings = Settings(*given)
+    grouping, sizes, size = settings.grouping, settings.sizes, settings.dtype.itemsize
+    rows, samples = grouping.outer // sum(sizes), np.array(sizes)
+    parts = [grouping._replace(outer=n * rows) for n in sizes]
+    is_whole = _longest(sizes, settings.threads) <= LONGEST
+    plans = [plan(part, settings.dtype, settings.eps, False, 1 if is_whole else settings.threads) for part in parts]
+    if not is_whole and max(p.threads for p in plans) == 1:
+        is_whole = True
+    threads = min(settings.threads, len(sizes)) if is_whole else max(p.threads for p in plans)
     # A slice that was planned for one thread is gone through by all of them too.
-    room = [-(-p.scratch_bytes * (most // p.threads) // LINE) * LINE for p in plans]
-    values = [part.values_per_group * part.group for part in parts]
-    columns = np.cumsum([0, *room[:-1]])
+    each = [1 if is_whole else threads // p.threads for p in plans]
+    rooms = [-(-p.scratch_bytes * n // LINE) * LINE for p, n in zip(plans, each, strict=True)]
+    columns = np.zeros_like(samples) if is_whole else np.cumsum([0, *rooms[:-1]])
+    values = np.frombuffer(b"".join(p.template for p in plans), np.int64).reshape(len(plans), -1).copy()
+    starts = np.cumsum([0, *(samples[:-1] * rows * grouping.group * grouping.inner)])
+    for place in settings.places:
+        values[:, place] = starts * size if place in OF_TENSORS else 0
+        if place in OF_STATISTICS:
+            values[:, place] = np.arange(len(sizes)) * grouping.group * 8
+    values[:, at.PIVOT] = values[:, at.X]
+    values[:, at.COLUMNS], values[:, at.SCRATCH] = columns, columns + [p.columns_bytes for p in plans]
+    values[:, at.WEIGHT_BYTES], values[:, at.BIAS_BYTES] = settings.weight_bytes, settings.bias_bytes
+    fold = max(p.fold for p in plans)
     return Plan(
-        np.frombuffer(b"".join(p.template for p in plans), np.int64).reshape(len(plans), -1),
-        np.cumsum([0, *values[:-1]]),
-        grouping.group,
-        grouping.is_rows,
-        most == 1,
-        min(threads, len(plans)) if most == 1 else most,
-        sum(room),
-        columns,
-        columns + [p.columns_bytes for p in plans],
-        max(p.fold for p in plans),
-        np.array([p.is_streamable for p in plans]),
+        values,
+        tuple(_steps(settings, is_whole)),
+        is_whole,
+        threads,
+        max(rooms) * threads if is_whole else sum(rooms),
+        max(rooms),
+        starts if fold > 1 else None,
+        fold,
+        np.array([p.is_streamable for p in plans]) if _streams(settings) else None,
+        samples / samples.sum(),
     )
+
+
+def _steps(settings: Settings, is_whole: bool) -> Any:
+    for kind, is_variant, stages in (ROWS if settings.grouping.is_rows else PLANES)[settings.direction]:
+        kernel = compiled(kind, settings.dtype, *(settings.variant if is_variant else ()))
+        # The work on columns has no tasks to share.
+        yield ctypes.cast(kernel, ctypes.c_void_p).value, stages, is_whole or kind == "rows_columns"
+
+
+def _streams(settings: Settings) -> bool:
+    """Whether the output bypasses the caches: where the tensors of a pass are more than they hold."""
+    passes = sum(place in OF_TENSORS for place in settings.places)
+    size = settings.grouping.values_per_group * settings.grouping.group * settings.dtype.itemsize
+    return settings.output != 0 and size * passes >= last_level_cache()
 
 
 class _Calls:
@@ -70,64 +134,76 @@ class _Calls:
 
     def __init__(
         self,
-        x: Tensor,
+        direction: str,
+        tensors: dict[int, Tensor | None],
         grouping: Grouping,
         sizes: tuple[int, ...],
         eps: float,
-        weight: Tensor | None,
-        bias: Tensor | None,
+        variant: Variant,
+        output: int,
     ) -> None:
+        given = {place: tensor for place, tensor in tensors.items() if tensor is not None}
+        x, weight, bias = given[at.X], given.get(at.WEIGHT), given.get(at.BIAS)
+        weight_bytes, bias_bytes = (0 if t is None else t.element_size() for t in (weight, bias))
         threads = torch.get_num_threads() if x.numel() >= SERIAL_BELOW else 1
-        self.x, self.plan = x, (made := _plan(grouping, sizes, x.dtype, eps, threads))
-        self.values = values = made.template.copy()
+        settings = (eps, variant, tuple(given), weight_bytes, bias_bytes, output, threads)
+        self.plan = made = _plan(direction, grouping, sizes, x.dtype, *settings)
+        bases = np.zeros(at.LENGTH, np.int64)
+        for place, tensor in given.items():
+            bases[place] = tensor.data_ptr()
         scratch = torch.empty(made.scratch_bytes, dtype=torch.uint8, device=CPU)
         self.alive = [scratch]
-        values[:, at.COLUMNS] = made.columns + scratch.data_ptr()
-        values[:, at.SCRATCH] = made.scratch + scratch.data_ptr()
-        self.point(at.X, x)
-        values[:, at.PIVOT] = values[:, at.X]
-        if made.fold > 1:
-            self._fold(made.fold)
-        for place, size, value in ((at.WEIGHT, at.WEIGHT_BYTES, weight), (at.BIAS, at.BIAS_BYTES, bias)):
-            if value is not None:
-                values[:, place], values[:, size] = value.data_ptr(), value.element_size()
+        bases[at.COLUMNS] = bases[at.SCRATCH] = scratch.data_ptr()
+        bases[at.PIVOT] = bases[at.X]
+        self.values = values = made.offsets + bases
+        if made.first_rows is not None:
+            self._fold(x, made.first_rows, grouping.group)
+        if made.streams is not None:
+            is_aligned = values[:, output] % (16 * x.element_size()) == 0
+            values[:, at.STREAMS] = made.streams & (is_aligned if grouping.is_rows else True)
 
-    def _fold(self, fold: int) -> None:
+    def _fold(self, x: Tensor, starts: Array, group: int) -> None:
         """The first row of every slice, repeated as often as rows are taken as one."""
-        flat = torch.as_strided(self.x, (self.x.numel(),), (1,), self.x.storage_offset())
-        firsts = torch.from_numpy(self.plan.starts).unsqueeze(1) + torch.arange(self.plan.group, device=CPU)
-        pivots = flat[firsts].repeat(1, fold)
+        flat = torch.as_strided(x, (x.numel(),), (1,), x.storage_offset())
+        firsts = torch.from_numpy(starts).unsqueeze(1) + torch.arange(group, device=CPU)
+        pivots = flat[firsts].repeat(1, self.plan.fold)
         self.alive.append(pivots)
         self.values[:, at.PIVOT] = pivots.data_ptr() + np.arange(len(pivots)) * pivots[0].nbytes
 
-    def point(self, place: int, tensor: Tensor | None) -> None:
-        """Give every slice its part of a tensor in the order of x."""
-        if tensor is not None:
-            self.values[:, place] = tensor.data_ptr() + self.plan.starts * tensor.element_size()
+    def run(self) -> None:
+        """All steps for a slice, and then for the next; or every step for all slices before the next begins."""
+        made, values = self.plan, self.values
+        for steps in (made.steps,) if made.is_whole else ((step,) for step in made.steps):
+            launch = (ctypes.c_int64 * (to.STEP + 2 * len(steps)))()
+            launch[to.CALLS], launch[to.FIRST], launch[to.STRIDE] = len(values), values.ctypes.data, values.strides[0]
+            launch[to.IS_WHOLE], launch[to.ROOM] = steps[0][2], made.room if made.is_whole else 0
+            launch[to.STEPS] = len(steps)
+            for i, (kernel, stages, _) in enumerate(steps):
+                launch[to.STEP + 2 * i], launch[to.STEP + 2 * i + 1] = kernel, stages
+            if not made.is_whole:
+                values[:, at.TICKET], values[:, at.WORKERS], values[:, at.STAGES] = 0, 0, steps[0][1]
+            build.run(compiled("each", torch.float64), ctypes.addressof(launch), made.threads)
 
-    def point_statistics(self, place: int, tensor: Tensor) -> None:
-        """Give every slice its row of a tensor (slices, group)."""
-        self.values[:, place] = tensor.data_ptr() + np.arange(len(tensor)) * tensor[0].nbytes
+    def together(self, kernel: str, tensors: dict[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Two sums over the slices, float64 (group,)."""
+        slices, group = next(iter(tensors.values())).shape
+        first = torch.empty(group, dtype=torch.float64, device=CPU)
+        second = torch.empty_like(first)
+        values = (ctypes.c_int64 * of.LENGTH)()
+        values[of.SLICES], values[of.GROUP], values[of.SHARES] = slices, group, self.plan.shares.ctypes.data
+        for place, tensor in tensors.items():
+            values[place] = tensor.data_ptr()
+        values[of.FIRST], values[of.SECOND] = first.data_ptr(), second.data_ptr()
+        threads = self.plan.threads if slices * group >= SERIAL_BELOW else 1
+        build.run(compiled(kernel, torch.float64), ctypes.addressof(values), threads)
+        return first, second
 
-    def set_streaming(self, place: int, tensors: int) -> None:
-        """Let the output at `place` bypass the caches if the `tensors` of a pass are more than they hold."""
-        if self.x.numel() * self.x.element_size() * tensors >= last_level_cache():
-            aligned = self.values[:, place] % (16 * self.x.element_size()) == 0
-            self.values[:, at.STREAMS] = self.plan.is_streamable & (aligned if self.plan.is_rows else True)
 
-    def run(self, direction: str, variant: tuple[str | bool | None, ...]) -> None:
-        """Run the kernels of a direction, each for all slices before the next begins."""
-        values = self.values
-        kinds = ROWS if self.plan.is_rows else PLANES
-        launch = (ctypes.c_int64 * 6)()
-        launch[to.CALLS], launch[to.FIRST], launch[to.STRIDE] = len(values), values.ctypes.data, values.strides[0]
-        for kind, is_variant, stages in kinds[direction]:
-            kernel = compiled(kind, self.x.dtype, *(variant if is_variant else ()))
-            values[:, (at.TICKET, at.WORKERS)], values[:, at.STAGES] = 0, stages
-            launch[to.TICKET], launch[to.KERNEL] = 0, ctypes.cast(kernel, ctypes.c_void_p).value or 0
-            # The work on columns has no tasks to share.
-            launch[to.IS_WHOLE] = self.plan.is_whole or kind == "rows_columns"
-            build.run(compiled("each", torch.float64), ctypes.addressof(launch), self.plan.threads)
+class Statistics(NamedTuple):
+    """Mean and biased variance, float64."""
+
+    mean: Tensor
+    var: Tensor
 
 
 def forward(
@@ -139,24 +215,21 @@ def forward(
     residual: Tensor | None,
     eps: float,
     activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and mean and var (slices, group).
+) -> tuple[Tensor, Statistics, Statistics]:
+    """y, the statistics (slices, group) of each slice, and those (group,) of all together.
 
     Args:
         x: (outer, group, inner), all slices one after the other.
-        sizes: samples of each slice; their sum divides the outer size.
+        sizes: samples of each slice, one or more; their sum divides the outer size.
         residual, weight, bias, eps, activation: as in the contract in `steadynorm.kernels`.
     """
-    calls = _Calls(x, grouping, sizes, eps, weight, bias)
     mean = torch.empty(len(sizes), grouping.group, dtype=torch.float64, device=CPU)
     y, var = empty_like(x), torch.empty_like(mean)
-    calls.point(at.Y, y)
-    calls.point(at.RESIDUAL, residual)
-    calls.point_statistics(at.MEAN, mean)
-    calls.point_statistics(at.VAR, var)
-    calls.set_streaming(at.Y, 2 + (residual is not None))
-    calls.run("forward", (activation, residual is not None))
-    return y, mean, var
+    tensors = {at.X: x, at.Y: y, at.RESIDUAL: residual, at.WEIGHT: weight, at.BIAS: bias, at.MEAN: mean, at.VAR: var}
+    calls = _Calls("forward", tensors, grouping, sizes, eps, (activation, residual is not None), at.Y)
+    calls.run()
+    pooled = calls.together("slices_pool", {of.MEAN: mean, of.VAR: var})
+    return y, Statistics(mean, var), Statistics(*pooled)
 
 
 def backward(
@@ -174,17 +247,17 @@ def backward(
     activation: str | None,
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dx, dweight and dbias (slices, group), and g if it was asked for; otherwise as `forward`."""
-    calls = _Calls(x, grouping, sizes, eps, weight, bias)
+    """dx, dweight and dbias (group,) float64, and g if it was asked for; otherwise as `forward`."""
     dx, dweight, dbias = empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
     dresidual = empty_like(x) if needs_dresidual else None
     keeps_g = kept_gradient(activation, residual, y)
     g = dresidual if dresidual is not None else (dx if keeps_g else None)
-    for place, tensor in ((at.DY, dy), (at.DX, dx), (at.G, g), (at.SIDE, residual if y is None else y)):
-        calls.point(place, tensor)
-    for place, rows in ((at.MEAN, mean), (at.VAR, var), (at.DWEIGHT, dweight), (at.DBIAS, dbias)):
-        calls.point_statistics(place, rows)
-    if g is not dx:
-        calls.set_streaming(at.DX, 3 + 2 * (g is not None))
-    calls.run("backward", (activation, side_of(activation, residual, y), g is not None))
-    return dx, dweight, dbias, dresidual
+    tensors = {
+        at.X: x, at.DY: dy, at.SIDE: residual if y is None else y, at.G: g, at.DX: dx, at.WEIGHT: weight,
+        at.BIAS: bias, at.MEAN: mean, at.VAR: var, at.DWEIGHT: dweight, at.DBIAS: dbias,
+    }  # fmt: skip
+    variant = activation, side_of(activation, residual, y), g is not None
+    # What was just read is written over: streaming stores would only push it out of the cache first.
+    calls = _Calls("backward", tensors, grouping, sizes, eps, variant, 0 if g is dx else at.DX)
+    calls.run()
+    return dx, *calls.together("slices_add", {of.DWEIGHT: dweight, of.DBIAS: dbias}), dresidual

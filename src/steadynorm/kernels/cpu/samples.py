@@ -22,7 +22,6 @@ from steadynorm.kernels.cpu.simd import (
     F64,
     I32,
     LANES,
-    V32,
     Storage,
     _call,
     _first_lanes,
@@ -161,16 +160,6 @@ def make_load_valid(storage: Storage) -> Any:
         return storage.vector(numba.types.int64, numba.types.int64), codegen
 
     return load_valid, load_valid_first
-
-
-@intrinsic
-def narrowed(typingctx: Any, a: Any) -> Any:
-    """A float64 vector as float32."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.fptrunc(args[0], ir.VectorType(F32, LANES))
-
-    return V32(a), codegen
 
 
 @inlined

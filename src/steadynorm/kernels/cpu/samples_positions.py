@@ -13,7 +13,7 @@ import numba
 from steadynorm.kernels.cpu import activations
 from steadynorm.kernels.cpu import samples as at
 from steadynorm.kernels.cpu.frontend import inlined
-from steadynorm.kernels.cpu.samples import make_add, make_prepare, make_write, narrowed, over_tasks, place
+from steadynorm.kernels.cpu.samples import make_add, make_prepare, make_write, over_tasks, place
 from steadynorm.kernels.cpu.samples_rows import make_gradient, make_narrow
 from steadynorm.kernels.cpu.simd import (
     LANES,
@@ -22,6 +22,7 @@ from steadynorm.kernels.cpu.simd import (
     lanes_sum,
     load_f64,
     load_v64,
+    narrowed,
     prefetch,
     smaller,
     splat64,

@@ -151,6 +151,16 @@ def widen(typingctx: Any, a: Any) -> Any:
 
 
 @intrinsic
+def narrowed(typingctx: Any, a: Any) -> Any:
+    """A float64 vector as float32."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.fptrunc(args[0], ir.VectorType(F32, LANES))
+
+    return V32(a), codegen
+
+
+@intrinsic
 def lanes_sum(typingctx: Any, a: Any) -> Any:
     """Sum of the lanes, pairwise in their own precision, as float64."""
 
@@ -236,12 +246,14 @@ larger = _chosen(">", "The larger of two numbers.")
 
 @intrinsic
 def square_root_of(typingctx: Any, a: Any) -> Any:
-    """√a of a scalar float64."""
+    """√a of a float64, or of a vector of them."""
+    kind = a if isinstance(a, Vector) else types.float64
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return _call(builder, "llvm.sqrt.f64", F64, list(args))
+        suffix = _suffix(args[0].type) if isinstance(kind, Vector) else "f64"
+        return _call(builder, f"llvm.sqrt.{suffix}", args[0].type, list(args))
 
-    return types.float64(types.float64), codegen
+    return kind(kind), codegen
 
 
 @intrinsic
