@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 import steadynorm as sn
@@ -117,8 +119,19 @@ def test_what_else_is_ours():
         assert torch_sample.layer(x, (70,), None, None, 1e-5) is None
         assert torch_sample.group(images, 4, None, None, 1e-5) is None
     found = []
-    torch.func.vmap(lambda x: found.append(torch_sample.layer(x, (70,), None, None, 1e-5)) or x)(x[None])
-    assert found == [None]
+
+    def look(x):
+        found.append(torch_sample.layer(x, (70,), None, None, 1e-5))
+        return x
+
+    torch.func.vmap(look)(x[None])
+    torch.func.grad(lambda x: look(x).sum())(x)
+    torch.func.jvp(look, (x,), (x,))
+    with forward_ad.dual_level():
+        look(forward_ad.make_dual(x, x))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        look(x)
+    assert found == [None] * 5
 
 
 def test_what_torch_refuses_we_refuse_in_our_words():

@@ -71,7 +71,9 @@ def layer_norm(
 
     Source: Ba, Kiros & Hinton, Layer Normalization (2016), eq. 4.
     """
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = normalized_shape
+    if not isinstance(shape, tuple):
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
     if addend is None and (y := quick_layer(x, shape, weight, bias, eps)) is not None:
         return y
     shapes.check_last(_who, x, shape, weight, bias)

@@ -53,7 +53,7 @@ def _is_plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and not torch.compiler.is_exporting()
-        and not backends.is_forced()
+        and backends.forced() is None
     )
 
 

@@ -59,31 +59,30 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def is_forced() -> bool:
-    """Whether `backend` names one."""
-    return _forced.get() is not None
+forced = _forced.get
+"""The backend that `backend` names here, or None."""
 
 
 def choose(x: Tensor, *, masked: bool = False) -> ModuleType:
     """The backend for a tensor: the fastest that takes it, or the one that `backend` names."""
-    forced = _forced.get()
-    if forced == "reference":
+    named = forced()
+    if named == "reference":
         return reference
-    compiled = triton_gpu if _is_for_triton(x, forced) else numba_cpu
+    compiled = triton_gpu if _is_for_triton(x, named) else numba_cpu
     reason = compiled.why_not(x, masked=masked)
     if not reason:
         return compiled
-    return _instead(reference, forced, reason)
+    return _instead(reference, named, reason)
 
 
-def _is_for_triton(x: Tensor, forced: str | None) -> bool:
-    return forced == "triton" or (forced is None and not x.is_cpu)
+def _is_for_triton(x: Tensor, named: str | None) -> bool:
+    return named == "triton" or (named is None and not x.is_cpu)
 
 
-def _instead(module: ModuleType, forced: str | None, reason: str) -> ModuleType:
+def _instead(module: ModuleType, named: str | None, reason: str) -> ModuleType:
     """The reference, unless a backend was asked for, which is never replaced without a word."""
-    if forced is not None:
-        raise BackendError(f"backend {forced!r} was asked for and cannot take this tensor: {reason}.")
+    if named is not None:
+        raise BackendError(f"backend {named!r} was asked for and cannot take this tensor: {reason}.")
     return module
 
 
@@ -95,11 +94,11 @@ def _sample(name: str) -> ModuleType | None:
 
 def choose_sample(x: Tensor, grouping: SampleGrouping, *, masked: bool = False) -> ModuleType:
     """`choose`, for normalization within a sample."""
-    forced = _forced.get()
-    if forced == "reference":
+    named = forced()
+    if named == "reference":
         return reference_sample
-    compiled = _sample("triton_sample" if _is_for_triton(x, forced) else "numba_sample")
+    compiled = _sample("triton_sample" if _is_for_triton(x, named) else "numba_sample")
     reason = "its kernels are not here" if compiled is None else compiled.why_not(x, grouping, masked=masked)
     if compiled is not None and not reason:
         return compiled
-    return _instead(reference_sample, forced, reason)
+    return _instead(reference_sample, named, reason)

@@ -1,6 +1,7 @@
 """Build a kernel once, keep its machine code on disk, and run it on torch's own threads.
 
-A kernel is a Numba-compiled `void f(int64 arguments)`, where `arguments` is the address of an int64 array. Machine
+A kernel is a Numba-compiled `void f(int64 arguments)`, where `arguments` is the address of an int64 array, unless its
+entry says something else. Machine
 code is kept in the user's cache folder under a name that says everything it depends on: the sources, the processor,
 the versions. A folder that cannot be read or written costs time, never a result.
 
@@ -31,6 +32,7 @@ except ImportError:  # not on Windows
 
 HERE = Path(__file__).parent
 ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+"""How Python calls a kernel: it releases the GIL while it runs."""
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 _engines: list[Any] = []  # the engine owns the machine code it has loaded
@@ -59,10 +61,13 @@ def _fingerprint() -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def load(name: str, make: Callable[[], Callable[[int], None]]) -> Any:
+def load(name: str, make: Callable[[], Callable[..., Any]], entry: Any = ENTRY) -> Any:
     """The compiled kernel `name`: from the cache, or made by `make`, compiled and cached.
 
-    Returns: a ctypes function that takes the address of the arguments and releases the GIL while it runs.
+    Args:
+        entry: a ctypes prototype, of int64 arguments and an int64 or no result.
+
+    Returns: the kernel, as a ctypes function of that prototype.
     """
     path = cache_folder() / f"{name}-{_fingerprint()}.o"
     code = _kept(path)
@@ -70,9 +75,9 @@ def load(name: str, make: Callable[[], Callable[[int], None]]) -> Any:
         with _alone(path):
             code = _kept(path)
             if code is None:
-                code = _compile(make(), name)
+                code = _compile(make(), name, entry)
                 _keep(path, code)
-    return ENTRY(_link(code, name))
+    return entry(_link(code, name))
 
 
 @contextmanager
@@ -96,13 +101,13 @@ def _alone(path: Path) -> Iterator[None]:
                 os.unlink(lock.name)
 
 
-def _compile(kernel: Callable[[int], None], name: str) -> bytes:
+def _compile(kernel: Callable[..., Any], name: str, prototype: Any) -> bytes:
     """Machine code of a kernel, under its name."""
     import llvmlite.binding as llvm
 
     from steadynorm.kernels.cpu.frontend import llvm_of
 
-    text, entry = llvm_of(kernel)
+    text, entry = llvm_of(kernel, len(prototype._argtypes_), prototype._restype_ is not None)
     module = llvm.parse_assembly(text)
     module.get_function(entry).name = f"steadynorm_{name}"
     machine = _target_machine()

@@ -77,10 +77,11 @@ def inlined(function: Callable[..., Any]) -> Any:
     return _Dispatcher(py_func=function, targetoptions={**options, "no_rewrites": True, "boundscheck": None})
 
 
-def llvm_of(kernel: Callable[[int], None]) -> tuple[str, str]:
-    """The text of a kernel `void f(int64)` with all its parts, and its name in there."""
+def llvm_of(kernel: Callable[..., Any], arguments: int = 1, has_result: bool = False) -> tuple[str, str]:
+    """The text of a kernel of int64 arguments (and result) with all its parts, and its name in there."""
     with global_compiler_lock:
-        signature = numba.core.sigutils.normalize_signature(numba.void(numba.int64))
+        result = numba.int64 if has_result else numba.void
+        signature = numba.core.sigutils.normalize_signature(result(*[numba.int64] * arguments))
         compiled = _CFunc(kernel, signature, locals={}, options={"error_model": "numpy"})
         compiled.compile()
     return compiled.inspect_llvm(), compiled.native_name
