@@ -96,6 +96,7 @@ def test_other_dtypes_are_ours(dtype):
     assert torch_sample.group(x, 7, None, None, 1e-5) is None
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 def test_what_else_is_ours():
     x, images = torch.randn(32, 70), torch.randn(3, 12, 5, 7)
     assert torch_sample.layer(x, (70,), None, None, 1e-5) is not None
