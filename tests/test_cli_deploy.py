@@ -78,6 +78,40 @@ def test_recalibrated_weights_fit_the_recipe_and_hold_the_statistics_of_the_data
     ]
 
 
+def test_weights_without_statistics_get_those_of_the_data(recipe, weights, tmp_path):
+    whole = load_file(weights)
+    parameters = {name: tensor for name, tensor in whole.items() if "running" not in name and "tracked" not in name}
+    save_file(parameters, tmp_path / "lacking.safetensors")
+    mended, expected = tmp_path / "mended.safetensors", tmp_path / "expected.safetensors"
+    ended = ran("recalibrate", recipe(), "--weights", tmp_path / "lacking.safetensors", "--out", mended)
+    assert ended.exit_code == 0, ended.output
+    assert "The weights held no running statistics of 1, 3: before, those of a new model." in ended.stdout
+    ran("recalibrate", recipe(), "--weights", weights, "--out", expected)
+    found, wanted = load_file(mended), load_file(expected)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted if "tracked" not in name)
+
+
+def test_statistics_that_recalibration_leaves_alone_must_be_in_the_weights(recipe, weights, tmp_path):
+    frozen = recipe(RECIPE.replace("nn.BatchNorm2d(4)", "FrozenBatchNorm2d(4)", 1).replace(
+        "from torch import nn", "from torch import nn\nfrom steadynorm import FrozenBatchNorm2d", 1
+    ))  # fmt: skip
+    state = load(str(frozen)).model().state_dict()
+    parameters = {name: tensor for name, tensor in state.items() if "running" not in name and "tracked" not in name}
+    save_file(parameters, tmp_path / "lacking.safetensors")
+    out = tmp_path / "mended.safetensors"
+    sentence = refused("recalibrate", frozen, "--weights", tmp_path / "lacking.safetensors", "--out", out)
+    assert "hold no running statistics of" in sentence
+    assert "give weights that hold them" in sentence
+    assert not out.exists()
+
+
+def test_recalibrate_still_refuses_weights_of_another_model(recipe, weights, tmp_path):
+    state = load_file(weights) | {"5.extra": torch.zeros(1)}
+    save_file(state, tmp_path / "more.safetensors")
+    sentence = refused("recalibrate", recipe(), "--weights", tmp_path / "more.safetensors", "--out", tmp_path / "w.pt")
+    assert "not in the model: 5.extra" in sentence
+
+
 def test_layer_by_layer_takes_as_many_samples_as_it_was_told(recipe, weights, tmp_path):
     command = ("recalibrate", recipe(), "--weights", weights, "--out", tmp_path / "new.pt", "--format", "json")
     data = json.loads(ran(*command, "--method", "layer_by_layer", "--samples", "100").stdout)

@@ -73,14 +73,16 @@ class Recipe:
     state: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
 
-def load(spec: str, weights: str | Path | None = None, *, may_lack_statistics: bool = False) -> Recipe:
+def load(
+    spec: str, weights: str | Path | None = None, *, may_lack_statistics: bool = False, may_hold_more: bool = False
+) -> Recipe:
     """The recipe that `spec` names, with `weights` in its model if given.
 
     Args:
         spec: a shipped name (``digits``), a path to a ``.py`` file, or a dotted module. As ``python file.py`` and
             ``python -m module`` do, the file's folder or the current one goes to the front of ``sys.path``.
         weights: a ``.safetensors`` file, or a ``.pt`` or ``.pth`` one, which is opened without running code.
-        may_lack_statistics: see `weights.weights_into`; for the doctor, which says what is missing and what it costs.
+        may_lack_statistics, may_hold_more: see `weights.weights_into`.
 
     Raises:
         RecipeError: the recipe cannot be found or imported, or a piece is missing or wrong.
@@ -109,7 +111,8 @@ def load(spec: str, weights: str | Path | None = None, *, may_lack_statistics: b
 
     def model() -> nn.Module:
         made = build()
-        weights_into(made, state, source=str(weights), may_lack_statistics=may_lack_statistics)
+        allowed = {"may_lack_statistics": may_lack_statistics, "may_hold_more": may_hold_more}
+        weights_into(made, state, source=str(weights), **allowed)
         return made
 
     model()  # weights that do not fit are refused here, not in the middle of a run

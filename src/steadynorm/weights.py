@@ -63,13 +63,19 @@ def wrapping(names: Collection[str]) -> str:
 
 
 def weights_into(
-    model: nn.Module, state: Mapping[str, Tensor], *, source: str, may_lack_statistics: bool = False
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    may_lack_statistics: bool = False,
+    may_hold_more: bool = False,
 ) -> None:
     """Load `state` into `model`, every key and shape of it.
 
     Args:
-        may_lack_statistics: running statistics may be missing, and names that the model does not have be left over: for
-            whoever looks at the model in order to say so. Parameters may not be missing.
+        may_lack_statistics: running statistics may be missing, for whoever says so or takes them anew; parameters may
+            not.
+        may_hold_more: names that the model does not have may be left over, for whoever looks in order to say so.
 
     Raises:
         InputError: the names or shapes do not fit; the message has the first few.
@@ -78,7 +84,9 @@ def weights_into(
     missing = [key for key in own if key not in state]
     unknown = [key for key in state if key not in own]
     if may_lack_statistics:
-        missing, unknown = [key for key in missing if key.rpartition(".")[2] not in STATISTICS], []
+        missing = [key for key in missing if key.rpartition(".")[2] not in STATISTICS]
+    if may_hold_more:
+        unknown = []
     shapes = [
         f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
         for key in own
@@ -92,10 +100,13 @@ def weights_into(
     if faults:
         advice = "give weights that were saved from the same model"
         if not unknown and not shapes and all(key.rpartition(".")[2] in STATISTICS for key in missing):
-            advice = "they lack running statistics alone: steadynorm doctor says what that costs, and recalibrates them"
+            advice = (
+                "they lack running statistics alone: steadynorm doctor says what that costs, and steadynorm recalibrate"
+                " takes them from the data"
+            )
         raise InputError(f"the weights in {source} do not fit the recipe's model: {'; '.join(faults)}; {advice}.")
     try:
-        model.load_state_dict(dict(state), strict=not may_lack_statistics)
+        model.load_state_dict(dict(state), strict=not (may_lack_statistics or may_hold_more))
     except RuntimeError as error:  # shapes of lazy modules, or a hook of the model's own
         raise InputError(f"the weights in {source} do not fit the recipe's model: {_in_a_line(error)}.") from error
 

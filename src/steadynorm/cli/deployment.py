@@ -81,13 +81,15 @@ def recalibrate(
         from steadynorm.cli import deployed, written
         from steadynorm.recipe import evaluate
         from steadynorm.training import recalibrate_
+        from steadynorm.weights import first_few
 
         if method not in METHODS:
             raise InputError(f"--method got {method!r}: expected {' or '.join(METHODS)}.")
         target = written.ensure_possible("recalibrate", out, written.WEIGHTS)
         result = output(format, report, f"recalibrate-{Path(recipe).stem}")
         with working(f"recalibrate {recipe}", "batches") as advance:
-            loaded, model, remarks = _loaded(recipe, weights)
+            loaded, model, remarks = _loaded(recipe, weights, may_lack_statistics=True)
+            lacking = _lacking(loaded, model)
             is_measured = loaded.loss is not None or loaded.metrics is not None
             before = evaluate(model, loaded) if is_measured else {}
             moved = recalibrate_(
@@ -97,9 +99,19 @@ def recalibrate(
                 samples=samples,
                 progress=lambda done, total: advance(done, total or 0) if total else None,
             )
+            refused = [path for path in lacking if path not in moved.layers]
+            if refused:
+                raise InputError(
+                    f"the weights in {weights} hold no running statistics of {first_few(refused)}, and recalibration"
+                    f" leaves {'it' if len(refused) == 1 else 'them'} as"
+                    f" {'it is' if len(refused) == 1 else 'they are'}: give weights that hold them."
+                )
             after = evaluate(model, loaded) if is_measured else {}
             written.write_weights(model.state_dict(), target)
         say(f"the weights are in {target}.")
+        if lacking:
+            shown = f"The weights held no running statistics of {first_few(lacking)}: before, those of a new model."
+            remarks = (*remarks, shown)
         scores = [(name, before[name], after[name]) for name in after]
         document = deployed.of_statistics(f"Recalibrated {loaded.name}", moved, scores, remarks)
         result.write([document], deployed.statistics_to_dict(moved, scores, target), document.title)
@@ -279,15 +291,25 @@ def verify(
         raise typer.Exit(CLEAN if comparison.agrees else FINDINGS)
 
 
-def _loaded(recipe: str, weights: Path | None) -> tuple["Recipe", "nn.Module", tuple[str, ...]]:
+def _loaded(
+    recipe: str, weights: Path | None, *, may_lack_statistics: bool = False
+) -> tuple["Recipe", "nn.Module", tuple[str, ...]]:
     """The recipe, its model, and what is to be said about it."""
     from steadynorm.recipe import load, seeded
 
-    loaded = load(recipe, weights)
+    loaded = load(recipe, weights, may_lack_statistics=may_lack_statistics)
     with seeded(0):
         model = loaded.model()
     remark = "No --weights were given: the model is as the recipe makes it."
     return loaded, model, () if loaded.has_weights else (remark,)
+
+
+def _lacking(recipe: "Recipe", model: "nn.Module") -> list[str]:
+    """Layers of which the weights that were loaded hold no running mean or variance."""
+    if recipe.state is None:
+        return []
+    names = (name.rpartition(".") for name in model.state_dict() if name not in recipe.state)
+    return list(dict.fromkeys(path for path, _, kind in names if kind in ("running_mean", "running_var")))
 
 
 def _other(recipe: str, against: str, weights: Path | None) -> "nn.Module":

@@ -81,7 +81,7 @@ def doctor(
         wanted, unwanted = words(select) or settings.select, words(ignore) or settings.ignore
         kept = _suppressions(settings, baseline, write_baseline)
         with working(f"doctor {recipe}") as advance:
-            loaded = load(recipe, weights, may_lack_statistics=True)
+            loaded = load(recipe, weights, may_lack_statistics=True, may_hold_more=True)
             model, found = clinic.examine_recipe(
                 loaded,
                 batch_size=batch_size,
