@@ -5,20 +5,25 @@ from __future__ import annotations
 import os
 import random
 import socket
+import time
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from steadynorm.kernels import numba_cpu
 
 if not torch.cuda.is_available():
     # Read when Triton is imported: its kernels run in Python, on CPU tensors, where a test asks for them.
     os.environ["TRITON_INTERPRET"] = "1"
+
+MOMENT = 0.05  # seconds
 
 hypothesis.settings.register_profile("project", deadline=None, max_examples=60, derandomize=True, database=None)
 hypothesis.settings.load_profile("project")
@@ -99,3 +104,20 @@ def threads() -> Iterator[Callable[[int], None]]:
     """`threads(n)` gives torch n threads until the test ends."""
     yield torch.set_num_threads
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def group_of_one(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, which outlives what a test has made in it.
+
+    The group's thread takes the GIL to let go of its last work. Whoever drops the last reference to the group waits for
+    that thread, and holds the GIL, so the thread is given a moment first: without it a test waited for ever.
+    """
+    store = dist.FileStore(str(tmp_path / "group of one"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    group = dist.group.WORLD
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    time.sleep(MOMENT)
+    del group

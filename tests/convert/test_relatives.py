@@ -408,21 +408,16 @@ def test_an_interrupt_in_the_middle_puts_back_gradients_and_the_optimizer(monkey
     assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], held, strict=True))
 
 
-def test_a_reducer_that_waits_for_the_weights_is_refused(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        model = DistributedDataParallel(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
-        before = identities(model)
-        for to in ("frozen", "none", "group"):
-            with pytest.raises(InputError, match=r"buffers of module\.1 .* inside DistributedDataParallel"):
-                convert_(model, to)
-        assert identities(model) == before
-        convert_(model, "renorm")
-        model(torch.randn(3, 4, 2, 2)).square().mean().backward()
-        assert model.module[1].weight.grad is not None
-    finally:
-        torch.distributed.destroy_process_group()
+def test_a_reducer_that_waits_for_the_weights_is_refused(group_of_one):
+    model = DistributedDataParallel(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    before = identities(model)
+    for to in ("frozen", "none", "group"):
+        with pytest.raises(InputError, match=r"buffers of module\.1 .* inside DistributedDataParallel"):
+            convert_(model, to)
+    assert identities(model) == before
+    convert_(model, "renorm")
+    model(torch.randn(3, 4, 2, 2)).square().mean().backward()
+    assert model.module[1].weight.grad is not None
 
 
 @pytest.mark.slow

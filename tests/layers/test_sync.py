@@ -22,14 +22,6 @@ from tests import cases, oracles
 from tests.agree import assert_agrees
 
 
-@pytest.fixture
-def alone(tmp_path):
-    """torch.distributed, initialised with one process."""
-    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def one_process(x, running_mean, running_var, weight, bias, training, momentum, eps, **extras):
     layer = SyncBatchNorm(x.shape[1], eps, momentum, affine=weight is not None, activation=extras.get("activation"))
     tensors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
@@ -58,7 +50,7 @@ def test_without_torch_distributed_it_is_plain_batch_norm(other, shape):
     same_steps(SyncBatchNorm(3, activation="relu"), other(3, activation="relu"), torch.randn(shape))
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("group_of_one")
 def test_in_a_world_of_one_it_is_plain_batch_norm():
     same_steps(SyncBatchNorm(3, process_group=dist.group.WORLD), BatchNorm1d(3), torch.randn(5, 3))
     with pytest.raises(DegenerateStatisticsError, match="more than one value per channel"):
@@ -110,7 +102,7 @@ def test_it_can_be_copied_pickled_and_saved():
     assert isinstance(torch.load(file, weights_only=False)[0], SyncBatchNorm)
 
 
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("group_of_one")
 def test_a_group_is_kept_by_copies_and_refused_by_pickle():
     layer = SyncBatchNorm(3, process_group=dist.group.WORLD)
     for copied in (copy.deepcopy(layer), copy.copy(layer)):

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
@@ -60,14 +59,7 @@ def test_channels_last_in_channels_last_out(kind, shape, extra, training):
     torch.testing.assert_close(layer.running_var, plain.running_var)
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_ddp_with_two_forwards_and_one_backward(one_process):
+def test_ddp_with_two_forwards_and_one_backward(group_of_one):
     model = nn.Sequential(nn.Linear(4, 4), BatchNorm1d(4), BatchNorm1d(4).freeze_())
     buffers = [id(buffer) for buffer in model.buffers()]
     ddp = DistributedDataParallel(model)

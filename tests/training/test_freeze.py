@@ -144,15 +144,7 @@ def test_a_compiled_model_sees_it_freeze_and_thaw():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of this process."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_under_ddp(alone):
+def test_under_ddp(group_of_one):
     model = network()
     freeze_(model, "backbone")
     before = bits(model, *BACKBONE)
