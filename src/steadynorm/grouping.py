@@ -21,6 +21,7 @@ Statistics within a sample need one more size on each side, since weights belong
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -64,6 +65,13 @@ def dense_like(t: Tensor, x: Tensor) -> Tensor:
     if is_channels_last(x):
         return t.movedim(1, -1).contiguous().movedim(-1, 1)
     return t.contiguous()
+
+
+def with_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`t` with these strides: itself, or a copy. What saved-tensor hooks give back may lie in another order."""
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
 def batch(x: Tensor) -> tuple[Tensor, Grouping]:

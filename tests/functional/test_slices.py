@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -133,6 +134,12 @@ def test_a_slice_of_no_samples_is_as_if_it_were_not_there(shape, sizes):
     found, expected = (normalize_slices(x, given) for given in (sizes, tuple(size for size in sizes if size)))
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1].var, expected[1].var)
+
+
+def test_sizes_from_numpy_are_sizes():
+    x = torch.randn(4, 3, 5)
+    found = normalize_slices(x, tuple(np.array([2, 2])))[0]
+    assert torch.equal(found, normalize_slices(x, (2, 2))[0])
 
 
 def test_slices_far_from_each_other_are_pooled_to_the_last_digits():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import steadynorm as sn
@@ -132,7 +134,34 @@ def test_what_else_is_ours():
         look(forward_ad.make_dual(x, x))
     with FakeTensorMode(allow_non_fake_inputs=True):
         look(x)
-    assert found == [None] * 5
+    torch.func.functionalize(look)(x)
+    torch.func.functionalize(lambda weight: look(x))(x)
+    make_fx(look)(x)
+    assert found == [None] * 8
+
+
+@pytest.mark.parametrize("far", [0, 100])
+def test_a_trace_does_not_depend_on_the_data(far):
+    weight, traced = torch.ones(16), torch.randn(4, 16) + far
+    graph = make_fx(lambda x: functional.layer_norm(x, 16, weight))(traced).graph
+    called = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    assert "steadynorm.sample_forward.default" in called
+    assert not any("native" in name for name in called)
+
+
+@pytest.mark.parametrize("make", [lambda: (sn.LayerNorm(16), (4, 16)), lambda: (sn.GroupNorm(4, 16), (4, 16, 3))])
+def test_a_strict_export_takes_any_batch(make):
+    model, shape = make()
+    dynamic = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(model, (torch.randn(shape),), dynamic_shapes=dynamic, strict=True).module()
+    x = torch.randn(2 * torch_sample.SMALL_IMAGES // 16, *shape[1:])
+    torch.testing.assert_close(exported(x), model(x))
+
+
+def test_a_weight_with_gaps_between_its_values():
+    x, weight, bias = torch.randn(4, 8, 5, 5), torch.randn(16)[::2], torch.tensor([2.0]).expand(8)
+    expected = nn.functional.group_norm(x, 4, weight, bias)
+    torch.testing.assert_close(functional.group_norm(x, 4, weight, bias), expected)
 
 
 def test_what_torch_refuses_we_refuse_in_our_words():

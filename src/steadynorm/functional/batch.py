@@ -18,7 +18,7 @@ from steadynorm import kernels
 from steadynorm.errors import DegenerateStatisticsError, InputError
 from steadynorm.functional.packing import Packing, pack, unpack
 from steadynorm.functional.shapes import about_single_value
-from steadynorm.grouping import Grouping, dense_like
+from steadynorm.grouping import Grouping, dense_like, with_strides
 from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, numba_cpu, ops, reference
 from steadynorm.moments import Moments
 
@@ -52,7 +52,7 @@ class _Normalize(torch.autograd.Function):
         var: Tensor | None,
         settings: _Settings,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        ctx.settings = settings
+        ctx.settings, ctx.strides = settings, x.stride()
         y, mean, var = _forward(x, weight, bias, residual, mask, mean, var, settings)
         activation = settings.activation
         ctx.has_residual = residual is not None
@@ -82,6 +82,9 @@ class _Normalize(torch.autograd.Function):
             return _differentiable_backward(ctx, dy)
         x, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
         grouping, eps, activation, is_constant, _ = ctx.settings
+        is_traced = ops.is_traced(x)
+        if not is_traced:
+            x, residual, y = (t if t is None else with_strides(t, ctx.strides) for t in (x, residual, y))
         if dy.stride() != x.stride():
             dy = dense_like(dy, x)
         needs = ctx.needs_input_grad
@@ -91,7 +94,7 @@ class _Normalize(torch.autograd.Function):
             needs_dresidual, dresidual = False, dy
         flat = flat_mask(mask, grouping)
         rest = (mean, var, weight, bias, residual, y, flat, eps, activation, is_constant, needs_dresidual)
-        if ops.is_traced(x):
+        if is_traced:
             dx, dweight, dbias, g = OPS.backward(dy, x, *grouping, *rest)
         else:
             dx, dweight, dbias, g = kernels.choose(x, masked=mask is not None).backward(dy, x, grouping, *rest)
@@ -194,6 +197,7 @@ def _normalize(
     Returns: y, and mean and var, detached.
     """
     check_extras(x, residual, activation, mask)
+    check_affine(x, weight, bias)
     if runs_composed(x, residual):
         kept = statistics if is_constant else None
         y, *found = reference.compose(x, weight, bias, residual, mask, eps, activation, kept)
@@ -245,6 +249,16 @@ def check_extras(x: Tensor, residual: Tensor | None, activation: str | None, mas
         raise InputError(f"residual got shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}.")
     if mask is not None:
         check_mask(x, mask)
+
+
+def check_affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Raise InputError where a weight or bias is not one value for each channel of `x` (N, C, *)."""
+    channels = x.shape[1]
+    if (weight is None or weight.numel() == channels) and (bias is None or bias.numel() == channels):
+        return
+    name, given = ("weight", weight) if weight is not None and weight.numel() != channels else ("bias", bias)
+    shape = None if given is None else tuple(given.shape)
+    raise InputError(f"{name} got shape {shape}, expected ({channels},) for x of shape {tuple(x.shape)}.")
 
 
 def check_mask(x: Tensor, mask: Tensor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from steadynorm.functional.batch import through_activation
-from steadynorm.grouping import SampleGrouping, dense_like
+from steadynorm.grouping import SampleGrouping, dense_like, with_strides
 from steadynorm.kernels import FROM_OUTPUT, numba_known, ops, reference_sample
 from steadynorm.kernels.backends import choose_sample
 from steadynorm.kernels.numba_known import Known
@@ -53,7 +53,7 @@ class _NormalizeSample(torch.autograd.Function):
 
         Of a call that is known nobody asks for them: it has no addend, residual or mask.
         """
-        ctx.settings, ctx.known = settings, None
+        ctx.settings, ctx.known, ctx.strides = settings, None, x.stride()
         if isinstance(found, Known):
             y, mean, var = numba_known.forward(x, weight, bias, found)
             ctx.known, ctx.has_addend, ctx.has_residual = found, False, False
@@ -94,9 +94,11 @@ class _NormalizeSample(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, dy, dtotal)
         grouping, eps, activation, *kind = ctx.settings
+        is_traced = ops.is_traced(total)
+        if not is_traced:
+            total, residual, y = (t if t is None else with_strides(t, ctx.strides) for t in (total, residual, y))
         if dy.stride() != total.stride():
             dy = dense_like(dy, total)
-        is_traced = ops.is_traced(total)
         if ctx.known is not None and not is_traced:
             return _known_backward(ctx, dy, total, weight, bias, mean, var)
         if dtotal is not None:

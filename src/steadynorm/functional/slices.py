@@ -9,8 +9,8 @@ from torch import Tensor
 from steadynorm import grouping as grouping_
 from steadynorm import kernels
 from steadynorm.errors import InputError
-from steadynorm.functional.batch import check_extras, normalize_batch, runs_composed, through_activation
-from steadynorm.grouping import Grouping, dense_like, is_channels_last
+from steadynorm.functional.batch import check_affine, check_extras, normalize_batch, runs_composed, through_activation
+from steadynorm.grouping import Grouping, dense_like, is_channels_last, with_strides
 from steadynorm.kernels import FROM_OUTPUT, numba_cpu, ops, reference
 from steadynorm.kernels.batch_plans import is_readable
 from steadynorm.moments import Moments, merge
@@ -36,7 +36,7 @@ class _NormalizeSlices(torch.autograd.Function):
         residual: Tensor | None,
         settings: _Settings,
     ) -> Tensor:
-        ctx.settings = settings
+        ctx.settings, ctx.strides = settings, x.stride()
         y, each, together = _forward(x, weight, bias, residual, settings)
         settings.found.extend(together)
         ctx.has_residual = residual is not None
@@ -58,6 +58,8 @@ class _NormalizeSlices(torch.autograd.Function):
             wanted = [t for t, needed in zip((x, weight, bias), needs, strict=False) if needed]
             found = iter(torch.autograd.grad(normalized, wanted, slope, create_graph=True) if wanted else ())
             return (*(next(found) if needed else None for needed in needs[:3]), slope if needs[3] else None, None)
+        x = with_strides(x, ctx.strides)
+        residual, y = (t if t is None else with_strides(t, ctx.strides) for t in (residual, y))
         dy = dense_like(dy, x)
         needs_dresidual = ctx.has_residual and needs[3]
         is_dy = needs_dresidual and activation is None
@@ -114,7 +116,9 @@ def normalize_slices(
     check_extras(x, residual, activation, mask)
     if sum(sizes) != x.shape[0] or min(sizes, default=-1) < 0:
         raise InputError(f"sizes got {sizes}, expected samples of slices that add up to the {x.shape[0]} of x.")
-    sizes = tuple(size for size in sizes if size) or (0,)
+    check_affine(x, weight, bias)
+    # Of a NumPy array they would be other integers, and known by the same plan.
+    sizes = tuple(int(size) for size in sizes if size) or (0,)
     # A parameter that several slices use adds its gradients up unrounded.
     weight, bias = (None if t is None else t.to(reference.compute_dtype(t)) for t in (weight, bias))
     if not _is_for_kernels(x, weight, bias, residual, mask):

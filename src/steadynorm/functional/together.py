@@ -16,9 +16,17 @@ from torch import Tensor
 
 from steadynorm import grouping as grouping_
 from steadynorm.errors import InputError
-from steadynorm.functional.batch import check_extras, count_of, flat_mask, is_packed, runs_composed, through_activation
+from steadynorm.functional.batch import (
+    check_affine,
+    check_extras,
+    count_of,
+    flat_mask,
+    is_packed,
+    runs_composed,
+    through_activation,
+)
 from steadynorm.functional.packing import Packing, pack, unpack
-from steadynorm.grouping import Grouping, dense_like
+from steadynorm.grouping import Grouping, dense_like, with_strides
 from steadynorm.kernels import FROM_OUTPUT, ops, reference
 from steadynorm.moments import Moments, merge, on_device
 
@@ -76,7 +84,7 @@ class _Together(torch.autograd.Function):
             y if takes else part.residual if activation is not None else None
             for y, takes, part in zip(ys, takes_output, parts, strict=True)
         ]
-        ctx.settings, ctx.takes_output = settings, takes_output
+        ctx.settings, ctx.takes_output, ctx.strides = settings, takes_output, [part.x.stride() for part in parts]
         ctx.save_for_backward(weight, bias, mean, var, count, *(p.x for p in parts), *(p.mask for p in parts), *sides)
         ctx.mark_non_differentiable(mean, var, count)
         return mean, var, count, *ys
@@ -90,7 +98,11 @@ class _Together(torch.autograd.Function):
         eps, activation, reduction, groupings = ctx.settings
         k = len(groupings)
         xs, masks, sides = rest[:k], rest[k : 2 * k], rest[2 * k :]
-        call = OPS if ops.is_traced(xs[0]) else ops
+        call: Any = OPS
+        if not ops.is_traced(xs[0]):
+            call = ops
+            xs = [with_strides(x, strides) for x, strides in zip(xs, ctx.strides, strict=True)]
+            sides = [t if t is None else with_strides(t, s) for t, s in zip(sides, ctx.strides, strict=True)]
         needs, sums, gs = ctx.needs_input_grad, [], []
         for i, (x, side, grouping) in enumerate(zip(xs, sides, groupings, strict=True)):
             residual, y = (None, side) if ctx.takes_output[i] else (side, None)
@@ -203,11 +215,12 @@ def normalize_together(
     Returns: y (N, C, *) of every part, and the Moments of all, float64 and detached.
 
     Raises:
-        InputError: a part that does not fit the others.
+        InputError: a part that does not fit the others, or a weight or bias that does not fit them.
 
     Source: Ioffe & Szegedy, Batch Normalization (2015), Algorithm 1, over a batch that is never in one place.
     """
     _check(parts, activation)
+    check_affine(parts[0].x, weight, bias)
     if any(runs_composed(x, residual) for x, residual, _ in parts):
         return _composed(parts, weight, bias, eps, activation, reduction)
     tensors: list[Tensor | None] = []

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from steadynorm.errors import InputError
 from steadynorm.grouping import Grouping
 from steadynorm.kernels.cpu import arguments as at
 from steadynorm.kernels.cpu import build
@@ -37,13 +38,17 @@ def is_readable(parameter: Tensor | None) -> bool:
     if parameter is None:
         return True
     dtype = parameter.dtype
-    return (dtype is torch.float32 or dtype is torch.float64) and parameter.is_contiguous()
+    return (dtype is torch.float32 or dtype is torch.float64) and parameter.is_cpu and parameter.is_contiguous()
 
 
 def readable(parameter: Tensor | None) -> Tensor | None:
     """A weight or bias as the kernels can read it: itself, or a copy that must live as long as they run."""
     if parameter is None or is_readable(parameter):
         return parameter
+    if not parameter.is_cpu:
+        raise InputError(
+            f"a weight or bias is on {parameter.device}, expected it on the cpu, where x is: move it there."
+        )
     return parameter.detach().float().contiguous()
 
 

@@ -3,10 +3,11 @@
 They take the mean off last, x·invstd − mean·invstd, which costs the digits of a mean that is many deviations large.
 What they found is looked at, and where a mean is far from zero there is no result: the caller takes another way.
 
-Every condition here is paid for by each call, in a cache that the rest of the network has emptied: a few attributes
-cost as much as the kernel of 32 rows. So nothing is asked that torch asks itself, or that its results show.
+Every condition here is paid for by each call, in caches that the rest of a network has emptied: a few attributes cost
+as much as the kernel of 32 rows.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,52 +36,59 @@ def layer(
 
     Nothing is checked beforehand that torch checks itself: its error is None too.
     """
-    # A tensor of a subclass, or one that a functional transform wraps, has no memory to look at afterwards.
-    if type(x) is not Tensor or x.dtype is not float32 or not x.is_cpu or not x.is_contiguous() or not eps >= 0:
-        return None
-    values = x.numel()
-    if values > SMALL or forward_ad._current_level >= 0 or is_dynamo_compiling() or forced() is not None:
+    if not _is_plain(x) or (values := x.numel()) > SMALL or not eps >= 0 or (is_far := _kernel()) is None:
         return None
     try:
         y, mean, invstd = _layer(x, shape, weight, bias, eps)
-        rows = mean.numel()
-        if rows > FEW_ROWS or rows == values or type(mean) is not Tensor:
-            return None
-        return None if _is_far(mean.data_ptr(), invstd.data_ptr(), rows) else y
-    except (RuntimeError, TypeError):
+    except RuntimeError:
         return None
+    rows = mean.numel()
+    if rows > FEW_ROWS or rows == values or is_far(mean.data_ptr(), invstd.data_ptr(), rows):
+        return None
+    return y
 
 
 def group(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor | None:
     """Group normalization of `x` (N, C, *) in plain memory order; None where it is not for torch's kernel, as above."""
-    if type(x) is not Tensor or x.dtype is not float32 or not x.is_cpu or not x.is_contiguous() or not eps >= 0:
+    if not _is_plain(x) or (values := x.numel()) > SMALL_IMAGES or not eps >= 0 or (is_far := _kernel()) is None:
         return None
-    values = x.numel()
-    if values > SMALL_IMAGES or forward_ad._current_level >= 0 or is_dynamo_compiling() or forced() is not None:
-        return None
-    if values == 0 or x.dim() < 2:
+    if values == 0 or x.dim() < 2 or not (_is_dense(weight) and _is_dense(bias)):
         return None
     n, c = x.shape[:2]
     try:
         y, mean, invstd = _group(x, weight, bias, n, c, values // (n * c), num_groups, eps)
-        count = mean.numel()
-        if count == values or type(mean) is not Tensor:
-            return None
-        return None if _is_far(mean.data_ptr(), invstd.data_ptr(), count) else y
     except (RuntimeError, TypeError):
         return None
+    count = mean.numel()
+    if count == values or is_far(mean.data_ptr(), invstd.data_ptr(), count):
+        return None
+    return y
 
 
-def _load(mean: int, invstd: int, count: int) -> int:
-    """The kernel's first call: it is compiled, or everything counts as far where it cannot be."""
-    global _is_far
-    _is_far = _everything if numba_cpu.why_not() else build.load("is_far", offsets.make_is_far, offsets.ENTRY)
-    return int(_is_far(mean, invstd, count))
+def _is_plain(x: Tensor) -> bool:
+    """Whether `x` is contiguous float32 on the CPU, and nobody looks at the call but autograd.
+
+    That Dynamo traces is asked before any size is, which it would take for a condition.
+    """
+    return (
+        type(x) is Tensor
+        and x.dtype is float32
+        and x.is_cpu
+        and x.is_contiguous()
+        and not is_dynamo_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and forced() is None
+    )
 
 
-def _everything(mean: int, invstd: int, count: int) -> int:
-    return 1
+def _is_dense(parameter: Tensor | None) -> bool:
+    """Whether torch's kernel of group norm reads a parameter rightly, which it takes to be contiguous."""
+    return parameter is None or parameter.is_contiguous()
 
 
-_is_far: Any = _load
-"""Whether any of `count` means is far from zero, of addresses; see `offsets.make_is_far`."""
+@cache
+def _kernel() -> Any:
+    """Whether any of `count` means is far from zero, of addresses; see `offsets.make_is_far`. None without Numba."""
+    return None if numba_cpu.why_not() else build.load("is_far", offsets.make_is_far, offsets.ENTRY)

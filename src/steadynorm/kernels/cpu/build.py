@@ -1,9 +1,8 @@
 """Build a kernel once, keep its machine code on disk, and run it on torch's own threads.
 
 A kernel is a Numba-compiled `void f(int64 arguments)`, where `arguments` is the address of an int64 array, unless its
-entry says something else. Machine
-code is kept in the user's cache folder under a name that says everything it depends on: the sources, the processor,
-the versions. A folder that cannot be read or written costs time, never a result.
+entry says something else. Machine code is kept in the user's cache folder under a name that says everything it depends
+on: the sources, the processor, the versions. A folder that cannot be read or written costs time, never a result.
 
 Threads come from the OpenMP runtime that torch has loaded: `GOMP_parallel` runs one function on torch's own pool
 (1.2 µs measured), so there is no second pool to fight with. Without it a thread pool of ours runs the same function.
