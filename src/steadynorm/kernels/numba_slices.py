@@ -49,7 +49,7 @@ class Settings(NamedTuple):
     places: tuple[int, ...]  # of the arguments that point to a tensor
     weight_bytes: int
     bias_bytes: int
-    output: int  # the place of what is written, if it may bypass the caches; else 0
+    output: int | None  # the place of what is written, if it may bypass the caches
     threads: int
 
 
@@ -77,8 +77,7 @@ def _longest(sizes: Sequence[int], threads: int) -> float:
 
 
 @lru_cache(maxsize=256)
-def _plan(*given: Any) -> Plan:
-    settings = Settings(*given)
+def _plan(settings: Settings) -> Plan:
     grouping, sizes, size = settings.grouping, settings.sizes, settings.dtype.itemsize
     rows, samples = grouping.outer // sum(sizes), np.array(sizes)
     parts = [grouping._replace(outer=n * rows) for n in sizes]
@@ -126,7 +125,7 @@ def _streams(settings: Settings) -> bool:
     """Whether the output bypasses the caches: where the tensors of a pass are more than they hold."""
     passes = sum(place in OF_TENSORS for place in settings.places)
     size = settings.grouping.values_per_group * settings.grouping.group * settings.dtype.itemsize
-    return settings.output != 0 and size * passes >= last_level_cache()
+    return settings.output is not None and size * passes >= last_level_cache()
 
 
 class _Calls:
@@ -140,14 +139,18 @@ class _Calls:
         sizes: tuple[int, ...],
         eps: float,
         variant: Variant,
-        output: int,
+        output: int | None,
     ) -> None:
         given = {place: tensor for place, tensor in tensors.items() if tensor is not None}
         x, weight, bias = given[at.X], given.get(at.WEIGHT), given.get(at.BIAS)
         weight_bytes, bias_bytes = (0 if t is None else t.element_size() for t in (weight, bias))
         threads = torch.get_num_threads() if x.numel() >= SERIAL_BELOW else 1
-        settings = (eps, variant, tuple(given), weight_bytes, bias_bytes, output, threads)
-        self.plan = made = _plan(direction, grouping, sizes, x.dtype, *settings)
+        places = tuple(given)
+        self.plan = made = _plan(
+            Settings(
+                direction, grouping, sizes, x.dtype, eps, variant, places, weight_bytes, bias_bytes, output, threads
+            )
+        )
         bases = np.zeros(at.LENGTH, np.int64)
         for place, tensor in given.items():
             bases[place] = tensor.data_ptr()
@@ -258,6 +261,6 @@ def backward(
     }  # fmt: skip
     variant = activation, side_of(activation, residual, y), g is not None
     # What was just read is written over: streaming stores would only push it out of the cache first.
-    calls = _Calls("backward", tensors, grouping, sizes, eps, variant, 0 if g is dx else at.DX)
+    calls = _Calls("backward", tensors, grouping, sizes, eps, variant, None if g is dx else at.DX)
     calls.run()
     return dx, *calls.together("slices_add", {of.DWEIGHT: dweight, of.DBIAS: dbias}), dresidual
