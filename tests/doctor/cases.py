@@ -38,7 +38,11 @@ NORMS = ("stem.1", "block1.bn1", "block1.bn2", "block2.bn1", "block2.bn2", "bloc
 
 @dataclass(frozen=True)
 class Case:
-    """A model and its data. `expected` are (code, where) pairs of all findings above a note, or at all if `notes`."""
+    """A model and its data. `expected` are (code, where) pairs of all findings above a note, or at all if `notes`.
+
+    `borderline` are pairs of a fault that was planted there too and costs about as much as the threshold: whether it
+    is found depends on how the processor adds.
+    """
 
     name: str
     make: Callable[[], nn.Module]
@@ -50,6 +54,7 @@ class Case:
     optimizer: Callable[[nn.Module], Any] = lambda model: sgd(model)
     step: Callable[[nn.Module, Any], Any] | None = None
     checkpoint: Callable[[nn.Module], Any] = nn.Module.state_dict
+    borderline: frozenset[tuple[str, str]] = frozenset()
 
 
 @cache
@@ -74,7 +79,8 @@ def sgd(model):
 
 
 def found(case: Case) -> set[tuple[str, str]]:
-    return {(f.code, f.where) for f in diagnosis(case).findings if case.notes or f.severity != "note"}
+    pairs = {(f.code, f.where) for f in diagnosis(case).findings if case.notes or f.severity != "note"}
+    return pairs - case.borderline
 
 
 def train(model: nn.Module, batch_size: int = 32, steps: int = STEPS, lr: float = 0.05, **pieces: Any) -> nn.Module:

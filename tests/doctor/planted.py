@@ -189,6 +189,7 @@ PLANTED = [
         federated,
         # In the later layers it changes little, once these are mended.
         of("SN203", "stem.1", "block1.bn1", "block1.bn2"),
+        borderline=of("SN203", "block2.bn1"),
         batches=lambda: of_all_clients("test"),
         train_batches=lambda: of_all_clients("train"),
     ),
