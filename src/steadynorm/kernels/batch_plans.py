@@ -68,7 +68,7 @@ def last_level_cache() -> int:
 MAKERS = {
     "planes_forward": ("planes", "make_forward"),
     "planes_backward": ("planes", "make_backward"),
-    "rows_columns": ("rows", "make_columns"),
+    "rows_columns": ("columns", "make_columns"),
     "rows_statistics": ("rows", "make_statistics"),
     "rows_normalize": ("rows", "make_normalize"),
     "rows_sums": ("rows", "make_sums"),

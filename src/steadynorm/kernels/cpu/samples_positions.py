@@ -19,6 +19,7 @@ from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
     fma,
+    itself,
     lanes_sum,
     load_f64,
     load_v64,
@@ -200,7 +201,7 @@ def _make_statistics(storage: Storage) -> Any:
 def _make_pool(storage: Storage) -> Any:
     """Pool the narrow sums of every position with its mean and variance so far, and make that mean the pivot."""
     load_lanes, splat, lane = storage.load_lanes, storage.splat, storage.lane_bytes
-    narrow = narrowed if not storage.is_double else _same
+    narrow = narrowed if not storage.is_double else itself
 
     @inlined
     def pool_all(rows: Any, width: Any, wide: Any, n: Any, start: Any, stop: Any, is_centred: Any) -> Any:
@@ -225,11 +226,6 @@ def _make_pool(storage: Storage) -> Any:
             store_vector(at_i + SQUARE * width, splat(0.0))
 
     return pool_all
-
-
-@inlined
-def _same(a: Any) -> Any:
-    return a
 
 
 @cache

@@ -138,6 +138,12 @@ def polynomial(coefficients: tuple[float, ...]) -> Any:
     return function
 
 
+@inlined
+def itself(value: Any) -> Any:
+    """What stands for a conversion or a splat where there is nothing to do."""
+    return value
+
+
 @intrinsic
 def widen(typingctx: Any, a: Any) -> Any:
     """A vector as float64."""

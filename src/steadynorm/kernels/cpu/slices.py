@@ -7,6 +7,7 @@ from steadynorm.kernels.cpu.simd import (
     LANES,
     Storage,
     fma,
+    itself,
     load_f64,
     load_i64,
     load_v64,
@@ -92,11 +93,6 @@ def _make_add(load: Any, store: Any, splat: Any) -> Any:
 
 
 @inlined
-def _itself(value: Any) -> Any:
-    return value
-
-
-@inlined
 def _multiply_add(a: Any, b: Any, c: Any) -> Any:
     return a * b + c
 
@@ -104,10 +100,10 @@ def _multiply_add(a: Any, b: Any, c: Any) -> Any:
 def make_pool(_: Storage) -> Any:
     """The Moments of all slices together, from those of each."""
     return _over_columns(
-        _make_pool(load_v64, store_vector, splat64, fma), _make_pool(load_f64, store_f64, _itself, _multiply_add)
+        _make_pool(load_v64, store_vector, splat64, fma), _make_pool(load_f64, store_f64, itself, _multiply_add)
     )
 
 
 def make_add(_: Storage) -> Any:
     """The sums over all slices of the gradients of weight and bias."""
-    return _over_columns(_make_add(load_v64, store_vector, splat64), _make_add(load_f64, store_f64, _itself))
+    return _over_columns(_make_add(load_v64, store_vector, splat64), _make_add(load_f64, store_f64, itself))
