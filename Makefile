@@ -5,6 +5,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
 
+# The tests start a hundred processes that import torch: 1.5 s from bytecode, 5 s where that may not be written.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test tests check bench docs clean
 
 # Without compiling every module of every package: Python does so at the first import of those that are used.
