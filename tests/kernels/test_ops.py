@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from steadynorm import functional, kernels
 from steadynorm.errors import BackendError, InputError
-from steadynorm.kernels import numba_cpu, reference
+from steadynorm.kernels import numba_cpu, reference, reference_sample
 from tests import cases
 from tests.kernels.contract import Bench
 
@@ -101,6 +102,23 @@ def test_forcing_is_undone_after_the_block_and_after_an_error():
     with pytest.raises(ZeroDivisionError), kernels.backend("reference"):
         raise ZeroDivisionError
     assert kernels.choose(x) is unforced
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_a_backward_pass_runs_on_the_backend_of_its_forward_pass(norm, monkeypatch):
+    """On a device autograd calls it from a thread of its own, which knows of no block."""
+    ran = []
+    name = "backward" if norm == "batch" else "sample_backward"
+    module = reference if norm == "batch" else reference_sample
+    backward = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args: ran.append(threading.current_thread()) or backward(*args))
+    x = torch.randn(4, 6, requires_grad=True)
+    with kernels.backend("reference"):
+        y = functional.normalize_batch(x)[0] if norm == "batch" else functional.layer_norm(x, (6,))
+        thread = threading.Thread(target=y.sum().backward)
+        thread.start()
+        thread.join()
+    assert ran == [thread]
 
 
 def test_a_backend_that_does_not_exist():

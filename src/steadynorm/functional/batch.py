@@ -7,6 +7,7 @@ transforms (vmap, grad, jvp), for forward-mode derivatives, for the backward pas
 dtypes the same formula runs as plain differentiable PyTorch (`kernels.reference.compose`).
 """
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -53,7 +54,9 @@ class _Normalize(torch.autograd.Function):
         settings: _Settings,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         ctx.settings, ctx.strides = settings, x.stride()
-        y, mean, var = _forward(x, weight, bias, residual, mask, mean, var, settings)
+        # The backward pass runs on it too: autograd may call that from a thread that knows of no `backend` block.
+        ctx.backend = None if settings.found is None else kernels.choose(x, masked=mask is not None)
+        y, mean, var = _forward(x, weight, bias, residual, mask, mean, var, settings, ctx.backend)
         activation = settings.activation
         ctx.has_residual = residual is not None
         takes_output = ctx.has_residual and activation in FROM_OUTPUT
@@ -97,7 +100,8 @@ class _Normalize(torch.autograd.Function):
         if is_traced:
             dx, dweight, dbias, g = OPS.backward(dy, x, *grouping, *rest)
         else:
-            dx, dweight, dbias, g = kernels.choose(x, masked=mask is not None).backward(dy, x, grouping, *rest)
+            backend = ctx.backend or kernels.choose(x, masked=mask is not None)
+            dx, dweight, dbias, g = backend.backward(dy, x, grouping, *rest)
         return (
             dx if needs[0] else None,
             dweight.to(weight.dtype) if needs[1] else None,
@@ -125,16 +129,16 @@ def _forward(
     mean: Tensor | None,
     var: Tensor | None,
     settings: _Settings,
+    backend: ModuleType | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mean and var: from the ops in a traced call, else from the backend itself."""
-    grouping, eps, activation, _, found = settings
+    """y, mean and var: from the backend or, None, from the ops that a trace sees."""
+    grouping, eps, activation, *_ = settings
     rest = (weight, bias, residual, flat_mask(mask, grouping), eps, activation)
-    if found is None:
+    if backend is None:
         if mean is not None and var is not None:
             return OPS.normalize(x, *grouping, mean, var, *rest), mean, var
         y, mean, var = OPS.forward(x, *grouping, *rest)
         return y, mean, var
-    backend = kernels.choose(x, masked=mask is not None)
     if mean is not None and var is not None:
         return backend.normalize(x, grouping, mean, var, *rest), mean, var
     y, mean, var = backend.forward(x, grouping, *rest)
@@ -228,7 +232,7 @@ def _normalize(
     found = []
     settings = _Settings(grouping, eps, activation, is_constant, found)
     if not is_recorded:
-        return _forward(*tensors, settings)
+        return _forward(*tensors, settings, kernels.choose(x, masked=mask is not None))
     y = _apply(*tensors, settings)
     return y, found[0], found[1]
 

@@ -6,6 +6,7 @@ As in `functional.batch`, functional transforms, forward-mode derivatives, the b
 mixed dtypes run as plain differentiable PyTorch (`kernels.reference_sample.compose_sample`).
 """
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -53,14 +54,17 @@ class _NormalizeSample(torch.autograd.Function):
 
         Of a call that is known nobody asks for them: it has no addend, residual or mask.
         """
-        ctx.settings, ctx.known, ctx.strides = settings, None, x.stride()
+        ctx.settings, ctx.known, ctx.backend, ctx.strides = settings, None, None, x.stride()
         if isinstance(found, Known):
             y, mean, var = numba_known.forward(x, weight, bias, found)
             ctx.known, ctx.has_addend, ctx.has_residual = found, False, False
             ctx.save_for_backward(x, weight, bias, None, None, None, mean, var)
             ctx.set_materialize_grads(False)
             return y
-        y, total, mean, var = _forward(x, addend, weight, bias, residual, mask, settings, found is None)
+        if found is not None:
+            # The backward pass runs on it too: autograd may call that from a thread that knows of no `backend` block.
+            ctx.backend = choose_sample(x, settings.grouping, masked=mask is not None)
+        y, total, mean, var = _forward(x, addend, weight, bias, residual, mask, settings, ctx.backend)
         ctx.has_addend, ctx.has_residual = addend is not None, residual is not None
         activation = settings.activation
         takes_output = ctx.has_residual and activation in FROM_OUTPUT
@@ -111,7 +115,7 @@ class _NormalizeSample(torch.autograd.Function):
         if is_traced:
             dx, dweight, dbias, dresidual = OPS.sample_backward(dy, dtotal, total, *grouping, *rest, *wanted)
         else:
-            backend = choose_sample(total, grouping, masked=mask is not None)
+            backend = ctx.backend or choose_sample(total, grouping, masked=mask is not None)
             dx, dweight, dbias, dresidual = backend.sample_backward(dy, dtotal, total, grouping, *rest, *wanted)
         return (
             dx if needs[0] else None,
@@ -154,14 +158,13 @@ def _forward(
     residual: Tensor | None,
     mask: Tensor | None,
     settings: Settings,
-    is_traced: bool,
+    backend: ModuleType | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, the sum, mean and var: from the op in a traced call, else from the backend itself."""
+    """y, the sum, mean and var: from the backend or, None, from the op that a trace sees."""
     grouping, *rest = settings
-    if is_traced:
+    if backend is None:
         y, total, mean, var = OPS.sample_forward(x, addend, *grouping, weight, bias, residual, mask, *rest)
         return y, total, mean, var
-    backend = choose_sample(x, grouping, masked=mask is not None)
     y, total, mean, var = backend.sample_forward(x, addend, grouping, weight, bias, residual, mask, *rest)
     return y, total, mean, var
 
@@ -258,7 +261,7 @@ def normalize_sample(
         y, total, mean, var = _NormalizeSample.apply(*tensors, settings, None)
         return y, x if addend is None else total, mean, var
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return _forward(*tensors, settings, False)
+        return _forward(*tensors, settings, choose_sample(x, settings.grouping, masked=mask is not None))
     found: list[Tensor] = []
     if addend is None:
         return _apply(*tensors, settings, found), x, *found

@@ -41,7 +41,7 @@ def status() -> list[Status]:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Use one backend for everything inside the block.
+    """Use one backend for everything inside the block, and for the backward passes of what is called there.
 
     Raises:
         InputError: the name is not one of `BACKENDS`.

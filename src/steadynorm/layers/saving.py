@@ -8,15 +8,16 @@ that are there. So the output is let go as soon as the forward pass has used it.
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from steadynorm.functional.batch import _Normalize
+from steadynorm.functional.batch import _Normalize, flat_mask
 from steadynorm.functional.sample import _NormalizeSample
-from steadynorm.kernels import backends, ops, reference, reference_sample, sample_ops
+from steadynorm.kernels import backends, reference, reference_sample
 
 FUNCTIONS: tuple[Any, ...] = (_Normalize, _NormalizeSample)
 NODES = tuple(function._backward_cls for function in FUNCTIONS)
@@ -78,10 +79,12 @@ class _Saved:
 class _Source:
     """What the output of one norm is computed from."""
 
-    def __init__(self, node: Any, y: Tensor, parts: "list[_Saved | _Source | None]", depth: int) -> None:
+    def __init__(
+        self, node: Any, backend: ModuleType, y: Tensor, parts: "list[_Saved | _Source | None]", depth: int
+    ) -> None:
         self.uses = 0
         self.compute: Callable[..., Tensor] = _again if isinstance(node, NODES[0]) else _again_within_samples
-        self.settings = node.settings
+        self.settings, self.backend = node.settings, backend
         self.parts = parts
         self.depth = depth
         for part in parts:
@@ -102,7 +105,9 @@ class _Source:
         y = self.output
         if y is None:
             with torch.no_grad():
-                y = self.compute(self.settings, *(None if part is None else part.get() for part in self.parts))
+                y = self.compute(
+                    self.backend, self.settings, *(None if part is None else part.get() for part in self.parts)
+                )
             if y.stride() != self.geometry[1]:
                 y = torch.empty_strided(*self.geometry, dtype=y.dtype, device=y.device).copy_(y)
         self.uses -= 1
@@ -139,7 +144,10 @@ def _source(node: Any, y: Tensor) -> _Source | None:
     if source is not None or not parts:
         return source
     own, parts[OUTPUT] = parts[OUTPUT], None
-    if y._version != _fresh_version(node, parts):
+    backend = _backend(node, parts)
+    # A compiled kernel writes past torch's counter, the reference ends in one copy_. Written more often, the memory was
+    # changed since where autograd does not see it (under no_grad): it is not what the norm would compute again.
+    if y._version != int(backend in (reference, reference_sample)):
         return None
     if node.has_residual and parts[RESIDUAL] is None:
         parts[RESIDUAL] = _residual(node, parts)
@@ -150,7 +158,7 @@ def _source(node: Any, y: Tensor) -> _Source | None:
     depth = 0 if before is None else before.depth + 1
     if depth > LONGEST_CHAIN:
         return None
-    source = _Source(node, y, parts, depth)
+    source = _Source(node, backend, y, parts, depth)
     # Weakly: the node outlives its backward pass, what it saved must not.
     node.source = weakref.ref(source)
     if own is not None:
@@ -171,19 +179,15 @@ def _parts(node: Any) -> list[Any]:
     return parts if is_ours and len(parts) == SAVED else []
 
 
-def _fresh_version(node: Any, parts: list[Any]) -> int:
-    """How often the memory of an output had been written when the norm returned it.
-
-    More often, and it was changed since where autograd does not see it (under no_grad): then it is not what the norm
-    would compute again.
-    """
-    x, is_masked = parts[0].get(), parts[MASK] is not None
-    if isinstance(node, NODES[0]):
+def _backend(node: Any, parts: list[Any]) -> ModuleType:
+    """The backend that the norm ran on: to compute it again elsewhere would give other bits."""
+    x, backend, is_masked = parts[0].get(), node.backend, parts[MASK] is not None
+    if backend is None and isinstance(node, NODES[0]):
         backend = backends.choose(x, masked=is_masked)
-    else:
+    elif backend is None:
         backend = backends.choose_sample(x, node.settings.grouping, masked=is_masked)
-    # A compiled kernel writes past torch's counter; the reference ends in one copy_.
-    return int(backend in (reference, reference_sample))
+    found: ModuleType = backend
+    return found
 
 
 def _residual(node: Any, parts: list[Any]) -> "_Saved | _Source | None":
@@ -201,6 +205,7 @@ def _alive(node: Any, name: str) -> Any:
 
 
 def _again(
+    backend: ModuleType,
     settings: Any,
     x: Tensor,
     weight: Tensor | None,
@@ -212,12 +217,13 @@ def _again(
     var: Tensor,
 ) -> Tensor:
     grouping, eps, activation, *_rest = settings
-    flat = None if mask is None else mask.reshape(grouping[0], grouping[2])
-    outer, group, inner = grouping
-    return ops.normalize(x, outer, group, inner, mean, var, weight, bias, residual, flat, eps, activation)
+    flat = flat_mask(mask, grouping)
+    y: Tensor = backend.normalize(x, grouping, mean, var, weight, bias, residual, flat, eps, activation)
+    return y
 
 
 def _again_within_samples(
+    backend: ModuleType,
     settings: Any,
     total: Tensor,
     weight: Tensor | None,
@@ -227,9 +233,9 @@ def _again_within_samples(
     mask: Tensor | None,
     *statistics: Tensor,
 ) -> Tensor:
-    grouping, eps, activation, *kind = settings
-    forward: Callable[..., tuple[Tensor, ...]] = sample_ops.sample_forward
-    return forward(total, None, *grouping, weight, bias, residual, mask, eps, activation, *kind)[0]
+    grouping, *rest = settings
+    y: Tensor = backend.sample_forward(total, None, grouping, weight, bias, residual, mask, *rest)[0]
+    return y
 
 
 def _modified(shape: torch.Size, version: int, expected: int) -> RuntimeError:
