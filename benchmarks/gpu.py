@@ -1,22 +1,25 @@
 """The layers on a CUDA device: against torch eager, torch.compile and a copy of the bytes, interleaved in one process.
 
-    python -m benchmarks.gpu [batch sample launch step] [--no-compile] [--seconds 480] [--out FILE]
+    python -m benchmarks.gpu [launch step batch sample tune] [--no-compile] [--seconds 480] [--out FILE]
+    TRITON_INTERPRET=1 python -m benchmarks.gpu --rehearse
 
-    batch     BatchNorm + ReLU, with and without a residual, ResNet-50 at batch 256, forward and backward
-    sample    LayerNorm and RMSNorm over rows of 1,024 to 16,384, with and without a sum before; GroupNorm
     launch    one step of a tensor so small that the host is all there is
     step      a whole training step of ResNet-50, and what share of it is normalization
+    batch     BatchNorm + ReLU, with and without a residual, ResNet-50 at batch 256, forward and backward
+    sample    LayerNorm and RMSNorm over rows of 1,024 to 16,384, with and without a sum before; GroupNorm
+    tune      other launch configurations than the one that is picked (benchmarks/gpu_tune.py)
 
 Every time is between two events on the device, behind work that keeps it busy until the host is done and clears its
 cache. `bandwidth` is that of the passes that must be made over one tensor, as a share of a large copy's. Numbers are
-checked first: a wrong kernel is not timed. After `--seconds` no new case is begun.
+checked first: a wrong kernel is not timed. After `--seconds` no new case is begun. `--rehearse` runs all of it on small
+CPU tensors, in Triton's interpreter, and writes nothing.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +28,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import steadynorm
+from benchmarks import gpu_tune
+from benchmarks.gpu_cases import Case, Inputs, Place, batch_cases, sample_cases
 from benchmarks.interleaved import check, take_turns
-from benchmarks.models import TorchNorm, our_norm, resnet50
+from benchmarks.models import TorchNorm, our_norm, resnet18, resnet50
 from steadynorm import machine
+from steadynorm.kernels import triton_gpu
 from steadynorm.lab.store import Store
 
-RESNET50 = ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))
-BATCH = 256
-ROWS = ((65536, 1024), (32768, 2048), (16384, 4096), (8192, 8192), (4096, 16384))
-GROUPS = ((64, 256, 56, 56), (64, 512, 28, 28))
-SMALL = (32, 64, 8, 8)
-# More than the second cache of any device so far; the host needs a few tenths of a millisecond for a step.
-FLUSHED_BYTES = 512 << 20
-BUSY_CYCLES = 2_000_000
-COPIED_BYTES = 2 << 30
-LAUNCHES = 300
+WHAT = ("launch", "step", "batch", "sample", "tune")
+SMALL, REHEARSED_SMALL = (32, 64, 8, 8), (2, 4, 3, 3)
+LAUNCHES, ROUNDS = 300, 7
 IMAGES, STEPS = 128, 10
 OUR_KERNELS = frozenset(
     ("moments", "merge_moments", "normalize", "forward", "sums", "merge_sums", "input_gradient", "backward", "ema")
@@ -48,172 +47,16 @@ NORM_KERNELS = ("norm", "bn_fw", "bn_bw")
 POINTWISE = ("elementwise", "relu", "add")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One normalization: what goes in, how many passes over a tensor it must make, and the rivals by name."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    layout: str
-    residual: bool
-    passes: tuple[int, int]
-    rivals: Mapping[str, Callable[..., Any]]
-
-
-def batch_cases() -> Iterator[Case]:
-    """Passes: forward x twice and y; backward x and dy twice and dx; a residual adds one, its gradient and y two."""
-    for dtype, layout in ((torch.bfloat16, "channels_last"), (torch.float32, "plain")):
-        for channels, size in RESNET50:
-            for residual in (False, True):
-                passes = (3 + residual, 5 + residual)
-                shape = (BATCH, channels, size, size)
-                yield Case("batch_norm", shape, dtype, layout, residual, passes, {"ours": our_batch, "eager": batch})
-
-
-def batch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-    """What model code does."""
-    y = F.batch_norm(x, *_running(x), weight, bias, True)
-    return F.relu(y if residual is None else y + residual)
-
-
-def our_batch(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-    """The same in one call."""
-    running = _running(x)
-    return steadynorm.functional.batch_norm(x, *running, weight, bias, True, residual=residual, activation="relu")
-
-
-def _running(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Running statistics of `x`, made once: fresh ones would be timed too."""
-    key = x.shape[1], x.dtype
-    if key not in RUNNING:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        RUNNING[key] = (x.new_zeros(x.shape[1], dtype=dtype), x.new_ones(x.shape[1], dtype=dtype))
-    return RUNNING[key]
-
-
-RUNNING: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
-
-
-def sample_cases() -> Iterator[Case]:
-    """Passes: forward x and y, and with a sum both terms and the sum; backward x, dy and dx."""
-    for shape in ROWS:
-        for name in ("layer_norm", "rms_norm"):
-            for residual in (False, True):
-                passes = (4, 4) if residual else (2, 3)
-                rivals = {"ours": _rows(steadynorm.functional, name), "eager": _rows(F, name)}
-                yield Case(name, shape, torch.bfloat16, "plain", residual, passes, rivals)
-    for shape in GROUPS:
-        for layout in ("plain", "channels_last"):
-            rivals = {"ours": _groups(steadynorm.functional), "eager": _groups(F)}
-            yield Case("group_norm", shape, torch.bfloat16, layout, False, (3, 5), rivals)
-
-
-def _rows(module: Any, name: str) -> Callable[..., Any]:
-    is_ours = module is not F
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Any:
-        width = (x.shape[-1],)
-        parameters = (weight, bias) if name == "layer_norm" else (weight,)
-        if is_ours and residual is not None:
-            return getattr(module, name)(x, width, *parameters, eps=1e-5, addend=residual)
-        total = x if residual is None else x + residual
-        y = getattr(module, name)(total, width, *parameters, eps=1e-5)
-        return y if residual is None else (y, total)
-
-    return run
-
-
-def _groups(module: Any) -> Callable[..., Any]:
-    return lambda x, weight, bias, residual: module.group_norm(x, 32, weight, bias)
-
-
-class Inputs:
-    """The tensors of a case on the device, and how a rival is timed on them."""
-
-    def __init__(self, case: Case, flushed: Tensor) -> None:
-        channels = case.shape[-1] if len(case.shape) == 2 else case.shape[1]
-        self.flushed = flushed
-        self.x = _random(case).requires_grad_()
-        self.residual = _random(case).requires_grad_() if case.residual else None
-        self.dy = _random(case)
-        self.weight = (torch.rand(channels, device="cuda") + 0.5).requires_grad_()
-        self.bias = torch.randn(channels, device="cuda", requires_grad=True)
-        if len(case.shape) == 2:  # torch wants them in the dtype of x
-            self.weight, self.bias = (t.detach().to(case.dtype).requires_grad_() for t in (self.weight, self.bias))
-        self.leaves = [t for t in (self.x, self.weight, self.bias, self.residual) if t is not None]
-        self.copied = torch.empty_like(self.dy)
-
-    def step(self, rival: Callable[..., Any]) -> tuple[float, float]:
-        """Seconds of a forward pass, and of the backward pass after it."""
-        at = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        self._keep_busy()
-        at[0].record()
-        y = rival(self.x, self.weight, self.bias, self.residual)
-        at[1].record()
-        self._backward(y, self.leaves, self.dy)
-        at[2].record()
-        torch.cuda.synchronize()
-        return at[0].elapsed_time(at[1]) / 1e3, at[1].elapsed_time(at[2]) / 1e3
-
-    def copy(self) -> float:
-        """Seconds of a copy of one tensor."""
-        at = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        self._keep_busy()
-        at[0].record()
-        self.copied.copy_(self.dy)
-        at[1].record()
-        torch.cuda.synchronize()
-        return at[0].elapsed_time(at[1]) / 1e3
-
-    def results(self, rival: Callable[..., Any], dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Output and gradients, in another precision if one is named; in float64 on the device."""
-        leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in self.leaves]
-        y = rival(*leaves[:3], leaves[3] if self.residual is not None else None)
-        found = self._backward(y, leaves, self.dy if dtype is None else self.dy.to(dtype))
-        outputs = y if isinstance(y, tuple) else (y,)
-        return [t.detach().double() for t in (*outputs, *found) if t is not None]
-
-    def _backward(self, y: Any, leaves: list[Tensor], dy: Tensor) -> tuple[Tensor | None, ...]:
-        outputs = y if isinstance(y, tuple) else (y,)
-        return torch.autograd.grad(outputs, leaves, [dy] * len(outputs), allow_unused=True)
-
-    def _keep_busy(self) -> None:
-        self.flushed.zero_()
-        torch.cuda._sleep(BUSY_CYCLES)
-
-
-def _random(case: Case) -> Tensor:
-    x = torch.randn(case.shape, device="cuda").to(case.dtype)
-    return x.to(memory_format=torch.channels_last) if case.layout == "channels_last" else x
-
-
-def copy_speed() -> float:
-    """Bytes a second, read and written, of the fastest of several large copies."""
-    x = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda").random_(256)
-    y, best = torch.empty_like(x), 0.0
-    for _ in range(10):
-        at = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        at[0].record()
-        y.copy_(x)
-        at[1].record()
-        torch.cuda.synchronize()
-        best = max(best, 2 * COPIED_BYTES / (at[0].elapsed_time(at[1]) / 1e3))
-    return best
-
-
-def measure(case: Case, with_compile: bool, flushed: Tensor, speed: float) -> dict[str, float]:
+def measure(case: Case, place: Place, with_compile: bool, speed: float) -> dict[str, float]:
     """Median seconds of every rival, the errors, and the bandwidth of ours as a share of a copy's."""
-    torch.manual_seed(0)
-    inputs = Inputs(case, flushed)
-    rivals = dict(case.rivals)
+    inputs, rivals = Inputs(case, place), dict(case.rivals)
     error, torch_error = check(
         *(inputs.results(rivals[name]) for name in ("ours", "eager")), inputs.results(rivals["eager"], torch.float64)
     )
     if with_compile:
         torch._dynamo.reset()
         rivals["compile"] = torch.compile(rivals["eager"], dynamic=False)
-    found = take_turns(rivals, inputs.step, inputs.copy)
+    found = take_turns(rivals, inputs.step, inputs.copy, place.least_rounds)
     size = inputs.x.numel() * inputs.x.element_size()
     for way, passes in zip(("forward", "backward"), case.passes, strict=True):
         found[f"bandwidth_{way}"] = passes * size / found[f"ours_{way}"] / speed
@@ -233,57 +76,57 @@ def told(found: Mapping[str, float]) -> str:
     return ", ".join(words)
 
 
-def launch() -> dict[str, float]:
+def launch(place: Place) -> dict[str, float]:
     """Seconds of a training step through a small layer, host included, of ours and torch's, in turns."""
-    layers = {"ours": steadynorm.BatchNorm2d(SMALL[1]).cuda(), "eager": nn.BatchNorm2d(SMALL[1]).cuda()}
-    x, dy = torch.randn(SMALL, device="cuda", requires_grad=True), torch.randn(SMALL, device="cuda")
+    shape = REHEARSED_SMALL if place.is_rehearsed else SMALL
+    layers: dict[str, nn.Module] = {"ours": steadynorm.BatchNorm2d(shape[1]), "eager": nn.BatchNorm2d(shape[1])}
+    x, dy = torch.randn(shape, device=place.device, requires_grad=True), torch.randn(shape, device=place.device)
     best: dict[str, float] = {}
-    for _ in range(7):
+    launches, rounds = (1, 1) if place.is_rehearsed else (LAUNCHES, ROUNDS)
+    for _ in range(rounds):
         for name, layer in layers.items():
+            layer.to(place.device)
             for way in ("forward", "both"):
-                torch.cuda.synchronize()
+                place.wait()
                 start = time.perf_counter()
-                for _ in range(LAUNCHES):
+                for _ in range(launches):
                     y = layer(x)
                     if way == "both":
                         y.backward(dy)
-                torch.cuda.synchronize()
-                seconds = (time.perf_counter() - start) / LAUNCHES
+                place.wait()
+                seconds = (time.perf_counter() - start) / launches
                 best[f"{name}_{way}"] = min(best.get(f"{name}_{way}", seconds), seconds)
     return best
 
 
-def training_step() -> dict[str, float]:
+def training_step(place: Place) -> dict[str, float]:
     """Seconds of a step of ResNet-50 (autocast, channels-last), of both, and the share of normalization in it."""
-    x = torch.randn(IMAGES, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
-    target = torch.randint(1000, (IMAGES,), device="cuda")
-    found: dict[str, float] = {}
+    images, size, count = (2, 32, 3) if place.is_rehearsed else (IMAGES, 224, STEPS)
+    x = torch.randn(images, 3, size, size, device=place.device).to(memory_format=torch.channels_last)
+    target = torch.randint(1000, (images,), device=place.device)
     steps: dict[str, Callable[[], None]] = {}
     for name, norm in (("ours", our_norm), ("eager", TorchNorm)):
-        model = resnet50(norm).cuda().to(memory_format=torch.channels_last)
-        steps[name] = _stepper(model, torch.optim.SGD(model.parameters(), lr=0.01), x, target)
+        model = resnet18(norm, width=2) if place.is_rehearsed else resnet50(norm)
+        model.to(place.device, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        steps[name] = _stepper(model, optimizer, x, target)
     for step in steps.values():
         for _ in range(3):
             step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(STEPS):
+    for _ in range(count):
         for name, step in steps.items():
-            at = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            at[0].record()
-            step()
-            at[1].record()
-            torch.cuda.synchronize()
-            seconds[name].append(at[0].elapsed_time(at[1]) / 1e3)
+            seconds[name] += place.seconds(step)
+    found = {f"{name}_step": sorted(times)[count // 2] for name, times in seconds.items()}
     for name, step in steps.items():
-        found[f"{name}_step"] = sorted(seconds[name])[STEPS // 2]
-        found |= {f"{name}_{what}": share for what, share in _shares(step).items()}
+        found |= {f"{name}_{what}": share for what, share in _shares(step, place).items()}
     return found
 
 
 def _stepper(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> Callable[[], None]:
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16):
             loss = F.cross_entropy(model(x), target)
         loss.backward()
         optimizer.step()
@@ -291,12 +134,15 @@ def _stepper(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, targ
     return step
 
 
-def _shares(step: Callable[[], None]) -> dict[str, float]:
+def _shares(step: Callable[[], None], place: Place) -> dict[str, float]:
     """Shares of the time on the device: kernels of normalization, and pointwise ones, which ours fuse into them."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = torch.profiler.ProfilerActivity
+    kind = activities.CPU if place.is_rehearsed else activities.CUDA
+    with torch.profiler.profile(activities=[kind]) as profile:
         step()
-        torch.cuda.synchronize()
-    times = {event.key: float(event.self_device_time_total) for event in profile.key_averages()}
+        place.wait()
+    what = "self_cpu_time_total" if place.is_rehearsed else "self_device_time_total"
+    times = {event.key: float(getattr(event, what)) for event in profile.key_averages()}
     whole = sum(times.values())
     norm = {key for key in times if key in OUR_KERNELS or any(part in key for part in NORM_KERNELS)}
     pointwise = {key for key in times if any(part in key for part in POINTWISE)} - norm
@@ -307,41 +153,61 @@ def _shares(step: Callable[[], None]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure what is named, or all of it, and append the rows."""
+    """Measure what is named, or all but other configurations, and append the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["launch", "step", "batch", "sample"])
+    parser.add_argument("what", nargs="*", default=WHAT[:-1])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.jsonl"))
+    parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("there is no CUDA device here")
-    start, store, speed = time.perf_counter(), Store(options.out), copy_speed()
-    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
-    print(f"{torch.cuda.get_device_name()}: a copy moves {speed / 1e12:.2f} TB/s", flush=True)
+    if unknown := set(options.what) - set(WHAT):
+        parser.error(f"got {', '.join(sorted(unknown))}, expected some of {', '.join(WHAT)}")
+    if options.rehearse:
+        if not triton_gpu.is_interpreted():
+            sys.exit("--rehearse needs Triton's interpreter: set TRITON_INTERPRET=1")
+    elif not torch.cuda.is_available():
+        sys.exit("there is no CUDA device here: --rehearse runs without one")
+    with steadynorm.backend("triton") if options.rehearse else nullcontext():
+        _run(options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    start, place = time.perf_counter(), Place(is_rehearsed=options.rehearse)
+    store, speed = None if options.rehearse else Store(options.out), place.copy_speed()
+    print(f"{place.name}: a copy moves {speed / 1e12:.2f} TB/s", flush=True)
 
     def keep(**row: Any) -> None:
-        store.append({"benchmark": "gpu", "copy": speed, **row, "machine": machine.describe()})
+        if store is not None:
+            store.append({"benchmark": "gpu", "copy": speed, **row, "machine": machine.describe()})
+
+    def is_late() -> bool:
+        return time.perf_counter() - start > options.seconds
 
     for what in options.what:
         if what in ("launch", "step"):
-            found = launch() if what == "launch" else training_step()
+            found = launch(place) if what == "launch" else training_step(place)
             print(what, ", ".join(f"{name} {value:.4g}" for name, value in found.items()), flush=True)
             keep(what=what, **found)
-            continue
-        for case in {"batch": batch_cases, "sample": sample_cases}[what]():
-            if time.perf_counter() - start > options.seconds:
-                print("time is up", flush=True)
-                return
-            named = f"{case.name} {'x'.join(map(str, case.shape))}{' + add' if case.residual else ''} {case.layout}"
-            try:
-                found = measure(case, options.compile, flushed, speed)
-            except AssertionError as error:
-                print(f"{named}: {error}", flush=True)
-                keep(what=what, name=named, error=str(error))
-                continue
-            print(f"{named}: {told(found)}", flush=True)
-            keep(what=what, name=named, dtype=str(case.dtype), **found)
+        elif what == "tune":
+            for name, row in gpu_tune.rows(place, is_late):
+                print(f"{name}: {gpu_tune.told(row)}", flush=True)
+                keep(what=what, name=name, **row)
+        else:
+            cases = batch_cases if what == "batch" else sample_cases
+            for case in cases(is_rehearsed=options.rehearse):
+                if is_late():
+                    break
+                try:
+                    found = measure(case, place, options.compile, speed)
+                except (AssertionError, RuntimeError) as error:
+                    print(f"{case}: {error}", flush=True)
+                    keep(what=what, name=str(case), error=str(error))
+                    continue
+                print(f"{case}: {told(found)}", flush=True)
+                keep(what=what, name=str(case), **found)
+    if is_late():
+        print("time is up", flush=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ def check(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> tupl
 
 
 def take_turns(
-    rivals: Mapping[str, Any], step: Callable[[Any], tuple[float, float]], copy: Callable[[], float]
+    rivals: Mapping[str, Any],
+    step: Callable[[Any], tuple[float, float]],
+    copy: Callable[[], float],
+    least: int = LEAST_ROUNDS,
 ) -> dict[str, float]:
     """Median seconds of every rival's forward and backward pass and of the copy, round after round.
 
@@ -43,13 +46,14 @@ def take_turns(
         rivals: by name; each is warmed up by one step.
         step: runs a rival; seconds of its two passes.
         copy: seconds of a copy of one tensor.
+        least: rounds, however long they take.
     """
     seconds: dict[str, list[float]] = {"copy": []}
     for name, rival in rivals.items():
         step(rival)
         seconds[f"{name}_forward"], seconds[f"{name}_backward"] = [], []
     once = sum(sum(step(rival)) for rival in rivals.values()) / len(rivals)
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(SECONDS_PER_RIVAL / once)))
+    rounds = max(least, min(MOST_ROUNDS, round(SECONDS_PER_RIVAL / once)))
     turns = list(rivals.items())
     for _ in range(rounds):
         seconds["copy"].append(copy())
