@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -55,6 +56,18 @@ class Bench:
         found = [self.x, self.dy, self.g, self.residual, self.mask, self.mean, self.var, self.dweight, self.dbias]
         return [t for t in (*found, self.inputs.weight, self.inputs.bias) if t is not None]
 
+    def check_last(self, **results: Tensor | None) -> None:
+        """`check`, of sums that may have been rounded to the dtypes of weight and bias."""
+        for name, parameter in (("dweight", self.inputs.weight), ("dbias", self.inputs.bias)):
+            found = results[name]
+            assert found is not None
+            if parameter is not None and found.dtype == parameter.dtype:
+                bound = self.expected[name]
+                rounding = torch.finfo(parameter.dtype).eps / 2 * np.abs(bound.expected)
+                _close(f"{self.case.name}: {name}", found, replace(bound, allowed=bound.allowed + rounding))
+                del results[name]
+        self.check(**results)
+
     def check(self, **results: Tensor | None) -> None:
         """Compare results with the oracle's by name, and their form with the contract's."""
         for name, found in results.items():
@@ -104,7 +117,7 @@ def assert_keeps_contract(backend: ModuleType, case: Case, device: str = "cpu") 
         g, dweight, dbias = backend.backward_sums(*ahead)
         bench.check(g=g, dweight=dweight, dbias=dbias)
         dx, dweight, dbias, g = backend.backward(*ahead, not case.training, True)
-        bench.check(dx=dx, dweight=dweight, dbias=dbias, g=g)
+        bench.check_last(dx=dx, dweight=dweight, dbias=dbias, g=g)
         _, _, _, g = backend.backward(*ahead, not case.training, False)
         assert g is None
     sums = (bench.dweight, bench.dbias, bench.count)

@@ -9,7 +9,7 @@ import torch
 
 from steadynorm import grouping as grouping_
 from steadynorm import moments as moments_
-from steadynorm.errors import BackendError
+from steadynorm.errors import BackendError, InputError
 from steadynorm.kernels import backend, backends, triton_gpu
 from steadynorm.moments import Moments
 from tests import cases
@@ -126,6 +126,29 @@ def test_nan_is_not_swallowed_by_an_activation(activation, device):
     y = triton_gpu.normalize(x, grouping, *statistics, activation=activation)
     assert y[0, 2].isnan()
     assert y.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_parameters_and_statistics_that_are_not_contiguous(expanded, device):
+    x, dy = torch.randn(2, 5, 6, 20, device=device)
+    x, grouping = grouping_.batch(x)
+    numbers = torch.rand(2, 1 if expanded else 12, device=device) + 0.5
+    weight, bias = numbers.expand(2, 6) if expanded else numbers[:, ::2]
+    mean, var = (t.double().expand(6) if expanded else t.double().repeat_interleave(2)[::2] for t in (weight, bias))
+    affine = {"weight": weight, "bias": bias}
+    dense = {name: t.contiguous() for name, t in affine.items()}
+    for one, two in zip(
+        everything(triton_gpu, x, dy, grouping, **affine), everything(triton_gpu, x, dy, grouping, **dense), strict=True
+    ):
+        assert torch.equal(one, two)
+    given = triton_gpu.normalize(x, grouping, mean, var, weight, bias)
+    assert torch.equal(given, triton_gpu.normalize(x, grouping, mean.contiguous(), var.contiguous(), weight, bias))
+
+
+def test_a_parameter_on_another_device_is_refused(device):
+    x, grouping = grouping_.batch(torch.randn(5, 6, device=device))
+    with pytest.raises(InputError, match=r"is on meta, expected all on .*: move it there"):
+        triton_gpu.forward(x, grouping, torch.ones(6, device="meta"))
 
 
 def test_a_channel_whose_variance_is_zero_has_no_noise(device):

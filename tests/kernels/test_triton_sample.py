@@ -129,6 +129,18 @@ def test_parameters_of_another_dtype_alone_and_with_an_offset(device):
         assert_right(Call(sizes, offset=1.0, has=frozenset({"weight"}), is_centred=False), device)
 
 
+def test_parameters_that_are_not_contiguous(device):
+    grouping = SampleGrouping(5, 1, 1, 12, 1, False)
+    x, dy = torch.randn(2, 5, 12, device=device)
+    weight, bias = torch.randn(2, 24, device=device)[:, ::2]
+    found = []
+    for parameters in ((weight, bias), (weight.contiguous(), bias.contiguous())):
+        y, _, mean, var = triton_sample.sample_forward(x, None, grouping, *parameters)
+        found.append((y, *triton_sample.sample_backward(dy, None, x, grouping, mean, var, *parameters)[:3]))
+    for one, two in zip(*found, strict=True):
+        assert torch.equal(one, two)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [*range(1, 34), 100, 257, 1000, 4097])
 def test_every_width_of_a_row(width, device):

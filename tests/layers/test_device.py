@@ -22,6 +22,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "FrozenBatchNorm2d": lambda: steadynorm.FrozenBatchNorm2d(8),
     "ghost": lambda: steadynorm.GhostBatchNorm2d(8, ghost_size=3),
     "renorm": lambda: steadynorm.BatchRenorm2d(8),
+    "renorm, a limit on the device": lambda: steadynorm.BatchRenorm2d(8, limits=lambda batches: (1 + batches / 9, 5.0)),
     "layer": lambda: steadynorm.LayerNorm(4),
     "rms": lambda: steadynorm.RMSNorm(4),
     "channels": lambda: steadynorm.ChannelLayerNorm(8),

@@ -156,7 +156,7 @@ def backward(
     is_given: bool,
     needs_dresidual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias and g; g is empty where it was not asked for."""
+    """dx, dweight, dbias and g; sums in the dtypes of weight and bias, and g empty where it was not asked for."""
     backend = kernels.choose(x, masked=mask is not None)
     dx, dweight, dbias, g = backend.backward(
         dy,
@@ -174,7 +174,12 @@ def backward(
         is_given,
         needs_dresidual,
     )
-    return dx, dweight, dbias, x.new_empty(0) if g is None else g
+    return dx, as_gradient(dweight, weight), as_gradient(dbias, bias), x.new_empty(0) if g is None else g
+
+
+def as_gradient(found: Tensor, parameter: Tensor | None) -> Tensor:
+    """The sums that a backend gives for weight or bias, in the dtype of the parameter, if there is one."""
+    return found if parameter is None else found.to(parameter.dtype)
 
 
 def update_running_(
@@ -213,6 +218,32 @@ def _statistics_like(x: Tensor, group: int) -> Tensor:
     return x.new_empty(group, dtype=statistics_dtype(x))
 
 
+def gradient_like(x: Tensor, parameter: Tensor | None, count: int) -> Tensor:
+    """What stands for the gradient of a weight or bias in a trace."""
+    return x.new_empty(count, dtype=statistics_dtype(x) if parameter is None else parameter.dtype)
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    outer: int,
+    group: int,
+    inner: int,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, needs_dresidual = rest
+    return (
+        torch.empty_like(x),
+        gradient_like(x, weight, group),
+        gradient_like(x, bias, group),
+        torch.empty_like(x) if needs_dresidual else x.new_empty(0),
+    )
+
+
 for _name, _implementation in {
     "moments": moments,
     "normalize": normalize,
@@ -237,13 +268,5 @@ torch.library.register_fake(
     lambda dy, x, outer, group, *rest: (torch.empty_like(x), _statistics_like(x, group), _statistics_like(x, group)),
 )
 torch.library.register_fake("steadynorm::backward_input", lambda g, x, *rest: torch.empty_like(x))
-torch.library.register_fake(
-    "steadynorm::backward",
-    lambda dy, x, outer, group, *rest: (
-        torch.empty_like(x),
-        _statistics_like(x, group),
-        _statistics_like(x, group),
-        torch.empty_like(x) if rest[-1] else x.new_empty(0),
-    ),
-)
+torch.library.register_fake("steadynorm::backward", _fake_backward)
 torch.library.register_fake("steadynorm::update_running_", lambda *rest: None)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from steadynorm.grouping import SampleGrouping
 from steadynorm.kernels.backends import choose_sample
+from steadynorm.kernels.ops import as_gradient, gradient_like
 from steadynorm.kernels.reference import statistics_dtype
 
 LIBRARY = torch.library.Library("steadynorm", "FRAGMENT")
@@ -76,7 +77,7 @@ def sample_backward(
     needs_dresidual: bool,
     needs_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dbias and the gradient of the residual; what was not asked for is empty."""
+    """dx, dweight and dbias in the dtypes of weight and bias, the gradient of the residual; unasked for, empty."""
     grouping = SampleGrouping(samples, outer, groups, channels, inner, is_per_position)
     backend = choose_sample(total, grouping, masked=mask is not None)
     dx, dweight, dbias, dresidual = backend.sample_backward(
@@ -100,6 +101,7 @@ def sample_backward(
     )
     if not needs_affine:
         dweight, dbias = mean.new_empty(0), mean.new_empty(0)
+    dweight, dbias = as_gradient(dweight, weight), as_gradient(dbias, bias)
     return dx, dweight, dbias, total.new_empty(0) if dresidual is None else dresidual
 
 
@@ -126,10 +128,11 @@ def _fake_forward(
 def _fake_backward(
     dy: Tensor, dtotal: Tensor | None, total: Tensor, samples: int, outer: int, groups: int, channels: int, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, needs_dresidual, needs_affine = rest
+    _inner, _is_per_position, _mean, _var, weight, bias, *_, needs_dresidual, needs_affine = rest
     width = groups * channels if needs_affine else 0
+    dweight, dbias = (gradient_like(total, parameter, width) for parameter in (weight, bias))
     dresidual = torch.empty_like(total) if needs_dresidual else total.new_empty(0)
-    return torch.empty_like(total), _statistics_like(total, width), _statistics_like(total, width), dresidual
+    return torch.empty_like(total), dweight, dbias, dresidual
 
 
 LIBRARY.impl("sample_forward", sample_forward, "CompositeExplicitAutograd")

@@ -122,7 +122,7 @@ class Call:
         programs = made.units * splits
         start(kernel, self.x, programs, *arguments, *rest, **constants, TILE=made.tile, num_warps=made.warps)
 
-    def merge(self, kernel: Any, *parts_and_results: Tensor) -> None:
+    def merge(self, kernel: Any, *parts_and_results: Tensor | None) -> None:
         """Launch one of the two kernels that put parts together."""
         from steadynorm.kernels.gpu.launch import above
 
@@ -141,6 +141,11 @@ class Call:
     def doubles(self, *shape: int) -> Tensor:
         """Memory for numbers of channels."""
         return torch.empty(shape, dtype=torch.float64, device=self.x.device)
+
+
+def dense(*numbers: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Parameters and statistics as kernels read them, one number of a channel behind the other."""
+    return tuple(t if t is None else t.contiguous() for t in numbers)
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -175,7 +180,7 @@ def normalize(
 ) -> Tensor:
     """See `steadynorm.kernels`."""
     call, y = Call(x, grouping), torch.empty_like(x)
-    tensors = (x, residual, _bytes(mask), y, mean, var, weight, bias)
+    tensors = (x, residual, _bytes(mask), y, *dense(mean, var, weight, bias))
     call.run(_kernels().normalize, call.launch.sweeps, *tensors, EPS=eps, ACTIVATION=activation)
     return y
 
@@ -196,7 +201,7 @@ def forward(
         mean, var = moments(x, grouping, mask)
         return normalize(x, grouping, mean, var, weight, bias, residual, mask, eps, activation), mean, var
     y, mean, var = torch.empty_like(x), call.doubles(grouping.group), call.doubles(grouping.group)
-    tensors = (x, residual, _bytes(mask), y, mean, var, weight, bias)
+    tensors = (x, residual, _bytes(mask), y, mean, var, *dense(weight, bias))
     call.run(_kernels().forward, 1, *tensors, EPS=eps, ACTIVATION=activation)
     return y, mean, var
 
@@ -218,17 +223,27 @@ def backward_sums(
     """See `steadynorm.kernels`."""
     call, g = Call(x, grouping), torch.empty_like(x)
     side = (residual, y, _bytes(mask), g)
-    return g, *_sums(call, dy, *side, mean, var, weight, bias, eps=eps, activation=activation)
+    return g, *_sums(call, dy, *side, *dense(mean, var, weight, bias), eps=eps, activation=activation)
 
 
-def _sums(call: Call, dy: Tensor, *tensors: Tensor | None, eps: float, activation: str | None) -> tuple[Tensor, Tensor]:
-    """Σ g·x̂ and Σ g (group,), and g where there is a place for it among the tensors."""
+def _sums(
+    call: Call,
+    dy: Tensor,
+    *tensors: Tensor | None,
+    eps: float,
+    activation: str | None,
+    gradients: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> tuple[Tensor, Tensor]:
+    """Σ g·x̂ and Σ g (group,), and g where there is a place for it among the tensors.
+
+    `gradients`: where the sums of several parts go as well, in the dtypes of weight and bias.
+    """
     group, splits = call.sizes[1], call.launch.splits
     dweight, dbias = call.doubles(group), call.doubles(group)
     parts = call.doubles(2, splits, group) if splits > 1 else (dweight, dbias)
     call.run(_kernels().sums, splits, dy, call.x, *tensors, *parts, EPS=eps, ACTIVATION=activation)
     if splits > 1:
-        call.merge(_kernels().merge_sums, *parts, dweight, dbias)
+        call.merge(_kernels().merge_sums, *parts, dweight, dbias, *gradients)
     return dweight, dbias
 
 
@@ -247,7 +262,7 @@ def backward_input(
 ) -> Tensor:
     """See `steadynorm.kernels`."""
     tensors = (None, None, _bytes(mask))
-    statistics = (mean, var, weight, None, dweight, dbias, count, 0)
+    statistics = (*dense(mean, var, weight, None, dweight, dbias), count, 0)
     return _input(Call(x, grouping), g, tensors, statistics, eps=eps, activation=None, is_given=count is None)
 
 
@@ -283,19 +298,28 @@ def backward(
     is_given: bool = False,
     needs_dresidual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """backward_sums, then backward_input: dx, dweight, dbias, and g (the gradient of the residual) if asked for."""
+    """backward_sums, then backward_input: dx, dweight, dbias, and g (the gradient of the residual) if asked for.
+
+    dweight and dbias come in the dtypes of weight and bias.
+    """
     call = Call(x, grouping)
     flat = _bytes(mask)
     count = mask.sum() if mask is not None and not is_given else None
     numbers = (count, grouping.values_per_group)
     g = torch.empty_like(x) if needs_dresidual else None
-    affine = (mean, var, weight, bias)
+    affine = dense(mean, var, weight, bias)
+    # Rounded where they are written: two casts afterwards would be two launches more.
+    gradients = _gradient_of(call, weight), _gradient_of(call, bias)
     if call.launch.is_whole:
-        dx, dweight, dbias = torch.empty_like(x), call.doubles(grouping.group), call.doubles(grouping.group)
+        dx, (dweight, dbias) = (
+            torch.empty_like(x),
+            (call.doubles(grouping.group) if t is None else t for t in gradients),
+        )
         tensors = (dy, x, residual, y, flat, g, dx, *affine, dweight, dbias, *numbers)
         call.run(_kernels().backward, 1, *tensors, EPS=eps, ACTIVATION=activation, IS_GIVEN=is_given)
         return dx, dweight, dbias, g
-    dweight, dbias = _sums(call, dy, residual, y, flat, g, *affine, eps=eps, activation=activation)
+    side = (residual, y, flat, g)
+    dweight, dbias = _sums(call, dy, *side, *affine, eps=eps, activation=activation, gradients=gradients)
     statistics = (*affine, dweight, dbias, *numbers)
     if g is None:
         sides = (residual, y, flat)
@@ -303,7 +327,13 @@ def backward(
     else:
         # Read instead of computed again: one tensor in place of two or three.
         dx = _input(call, g, (None, None, flat), statistics, eps=eps, activation=None, is_given=is_given)
-    return dx, dweight, dbias, g
+    of_weight, of_bias = gradients
+    return dx, dweight if of_weight is None else of_weight, dbias if of_bias is None else of_bias, g
+
+
+def _gradient_of(call: Call, parameter: Tensor | None) -> Tensor | None:
+    """Memory for the gradient of weight or bias, in its dtype."""
+    return None if parameter is None else torch.empty(call.sizes[1], dtype=parameter.dtype, device=call.x.device)
 
 
 def ema_(

@@ -4,6 +4,7 @@ Rows that registers hold are read once, by one launch forward and one backward; 
 launch where a program sees a whole statistic. One more puts the sums for weight and bias together.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +69,8 @@ def sample_forward(
     (made,) = _plan(x, grouping)
     y, flat = torch.empty_like(x), triton_gpu._bytes(mask)
     total = None if addend is None else torch.empty_like(x)
-    mean, var = _doubles(x, 2, grouping.statistics)
+    mean, var = _doubles(x, grouping.statistics), _doubles(x, grouping.statistics)
+    weight, bias = triton_gpu.dense(weight, bias)
     affine = {"EPS": eps, "ACTIVATION": activation, "OFFSET": weight_offset}
     tensors = (x, addend, residual, flat, y, total, mean, var, weight, bias)
     if made.kind == "rows":
@@ -109,19 +111,24 @@ def sample_backward(
     needs_dresidual: bool = False,
     needs_affine: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """See `reference_sample.sample_backward`."""
+    """See `reference_sample.sample_backward`; dweight and dbias come in the dtypes of weight and bias."""
     wanted = needs_affine and weight is not None, needs_affine and bias is not None
     *before, made = _plan(total, grouping, sum(wanted))
     flat, dx = triton_gpu._bytes(mask), torch.empty_like(total)
     dresidual = torch.empty_like(total) if needs_dresidual else None
     width = grouping.groups * grouping.channels
-    sums = _doubles(total, 2, width if needs_affine else 0)
-    # One part is the sum itself.
-    kept = torch.float64 if made.parts == 1 or total.dtype == torch.float64 else torch.float32
-    parts = sums if made.parts == 1 else torch.empty(2, made.parts, width, dtype=kept, device=total.device)
+    # Rounded where they are written: two casts afterwards would be two launches more.
+    sums = [
+        torch.empty(width if needs_affine else 0, dtype=torch.float64 if t is None else t.dtype, device=total.device)
+        for t in (weight, bias)
+    ]
+    parts: Sequence[Tensor] = sums  # one part is the sum itself
+    if made.parts > 1:
+        kept = torch.float64 if total.dtype == torch.float64 else torch.float32
+        parts = torch.empty(2, made.parts, width, dtype=kept, device=total.device).unbind()
     dweights, dbiases = (part if is_wanted else None for part, is_wanted in zip(parts, wanted, strict=True))
     settings = {"EPS": eps, "ACTIVATION": activation, "IS_CENTRED": is_centred, "OFFSET": weight_offset}
-    affine = (mean, var, weight, bias)
+    affine = triton_gpu.dense(mean, var, weight, bias)
     left = _sums(before, made, (dy, total, residual, y, flat, *affine), grouping, settings)
     tensors = (dy, dtotal, total, residual, y, flat, dresidual, dx, *affine, dweights, dbiases)
     _finish(made, tensors, left, grouping, settings)
@@ -177,11 +184,11 @@ def _finish(
         _run(samples.input_gradient, x, made, *tensors, *spans, PARTS=_above(made.splits), **settings)
 
 
-def _merge(x: Tensor, dweights: Tensor | None, dbiases: Tensor | None, sums: Tensor, parts: int) -> None:
+def _merge(x: Tensor, dweights: Tensor | None, dbiases: Tensor | None, sums: Sequence[Tensor], parts: int) -> None:
     """Put the parts of sums of channels together, (parts, channels) of each."""
     from steadynorm.kernels.gpu.columns import merge
 
-    width = sums.shape[1]
+    width = sums[0].numel()
     blocks = -(-width // MERGED_CHANNELS)
     constants = {"PARTS": MERGED_PARTS, "CHANNELS": MERGED_CHANNELS, "num_warps": MERGED_WARPS}
     if parts > MERGED_AT_ONCE:

@@ -117,7 +117,8 @@ class BatchRenorm(BatchNorm):
         rmax, dmax = self.limits(running.batches)
         if isinstance(rmax, Tensor) or isinstance(dmax, Tensor):
             # What is on the device is not looked at, but held.
-            return torch.as_tensor(rmax).clamp(min=1), torch.as_tensor(dmax).clamp(min=0)
+            rmax, dmax = (on_device(limit, running.mean) for limit in (rmax, dmax))
+            return rmax.clamp(min=1), dmax.clamp(min=0)
         _ensure_limits(checks.name(self), rmax, dmax)
         return rmax, dmax
 

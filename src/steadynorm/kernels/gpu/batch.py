@@ -14,6 +14,7 @@ from steadynorm.kernels.gpu.tiles import (
     count_of,
     halves,
     is_valid,
+    keep,
     load,
     numbers,
     own_span,
@@ -236,8 +237,11 @@ def sums(
 
 
 @triton.jit
-def merge_sums(dweights, dbiases, dweight_out, dbias_out, group, splits, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Sums (group,) of sums (splits, group)."""
+def merge_sums(
+    dweights, dbiases, dweight_out, dbias_out, weight_gradient, bias_gradient, group, splits,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Sums (group,) of sums (splits, group); and, where there is a place for them, in the types of weight and bias."""
     part = tl.arange(0, PARTS)[:, None]
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     there = (part < splits) & (channel < group)[None, :]
@@ -246,6 +250,10 @@ def merge_sums(dweights, dbiases, dweight_out, dbias_out, group, splits, PARTS: 
     dbias = tl.sum(tl.load(dbiases + at, mask=there, other=0.0), 0)
     tl.store(dweight_out + channel, dweight, mask=channel < group)
     tl.store(dbias_out + channel, dbias, mask=channel < group)
+    if weight_gradient is not None:
+        keep(weight_gradient, channel, dweight, channel < group)
+    if bias_gradient is not None:
+        keep(bias_gradient, channel, dbias, channel < group)
 
 
 @triton.jit
@@ -301,8 +309,8 @@ def backward(
     side, affine = (residual, y), (weight, bias)
     dweight, dbias = _sums(dy, x, side, mask, g_out, statistics, affine, span, sizes, EPS, ACTIVATION, TILE)
     channel, is_channel = channels(span[0], group, TILE)
-    tl.store(dweight_out + channel, dweight, mask=is_channel)
-    tl.store(dbias_out + channel, dbias, mask=is_channel)
+    keep(dweight_out, channel, dweight, is_channel)
+    keep(dbias_out, channel, dbias, is_channel)
     n = tl.maximum(count_of(count, plain_count), 1)
     _input(
         dy, x, side, mask, dx, statistics, affine, (dweight / n, dbias / n), span, sizes,

@@ -7,8 +7,9 @@ and h, it reads the row for first, and finds its piece of it in a cache afterwar
 import triton
 import triton.language as tl
 
-from steadynorm.kernels.gpu.rows import affine, constants_of, keep, place
+from steadynorm.kernels.gpu.rows import affine, constants_of, leave_sums, place
 from steadynorm.kernels.gpu.sample_values import gradients, leave
+from steadynorm.kernels.gpu.tiles import keep
 
 
 @triton.jit
@@ -89,7 +90,7 @@ def backward(
         if IS_CENTRED:
             inside -= constant
         leave(inside * constants[2], dtotal, mask, dx, where, ACC)
-    keep(products, totals, dweight_out, dbias_out, share, first, group, sizes, TILE)
+    leave_sums(products, totals, dweight_out, dbias_out, share, first, group, sizes, TILE)
 
 
 @triton.jit
@@ -113,6 +114,6 @@ def merge(dweights, dbiases, dweight_out, dbias_out, parts, width, splits, PARTS
             dbias += tl.load(dbiases + at, mask=there, other=0.0).to(tl.float64)
     at = tl.cast(split, tl.int64) * width + channel
     if dweights is not None:
-        tl.store(dweight_out + at, tl.sum(dweight, 0)[None, :], mask=channel < width)
+        keep(dweight_out, at, tl.sum(dweight, 0)[None, :], channel < width)
     if dbiases is not None:
-        tl.store(dbias_out + at, tl.sum(dbias, 0)[None, :], mask=channel < width)
+        keep(dbias_out, at, tl.sum(dbias, 0)[None, :], channel < width)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from steadynorm.kernels.gpu.sample_values import added, finish, gradients, leave, valid
-from steadynorm.kernels.gpu.tiles import halves, parameter
+from steadynorm.kernels.gpu.tiles import halves, keep, parameter
 
 
 @triton.jit
@@ -80,16 +80,16 @@ def constants_of(mean, var, row, is_row, EPS: tl.constexpr, IS_CENTRED: tl.const
 
 
 @triton.jit
-def keep(products, totals, dweight_out, dbias_out, part, first, group, sizes, TILE: tl.constexpr):
+def leave_sums(products, totals, dweight_out, dbias_out, part, first, group, sizes, TILE: tl.constexpr):
     """Write the sums of channels (COLUMNS,) from column `first` as a part of (parts, groups, channels)."""
     COLUMNS: tl.constexpr = TILE[1]
     _, groups, channels, _ = sizes
     column = first + tl.arange(0, COLUMNS)
     at = (tl.cast(part, tl.int64) * groups + group) * channels + column
     if dweight_out is not None:
-        tl.store(dweight_out + at, tl.sum(products, 0), mask=column < channels)
+        keep(dweight_out, at, tl.sum(products, 0), column < channels)
     if dbias_out is not None:
-        tl.store(dbias_out + at, tl.sum(totals, 0), mask=column < channels)
+        keep(dbias_out, at, tl.sum(totals, 0), column < channels)
 
 
 @triton.jit
@@ -159,4 +159,4 @@ def backward(
         if IS_CENTRED:
             inside -= (tl.sum(h, 1) / channels)[:, None]
         leave(inside * constants[2], dtotal, mask, dx, where, ACC)
-    keep(products, totals, dweight_out, dbias_out, share, 0, group, sizes, TILE)
+    leave_sums(products, totals, dweight_out, dbias_out, share, 0, group, sizes, TILE)

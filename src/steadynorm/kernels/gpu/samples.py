@@ -19,7 +19,7 @@ from steadynorm.kernels.gpu.sample_tiles import (
     values_in,
 )
 from steadynorm.kernels.gpu.sample_values import added, finish, gradients, leave, valid
-from steadynorm.kernels.gpu.tiles import halves, load, own_span
+from steadynorm.kernels.gpu.tiles import halves, keep, load, own_span
 
 
 @triton.jit
@@ -234,9 +234,9 @@ def _input(
             tl.store(g_out + where[0], g, mask=where[3])
         at, there, part = channels_of(chunk, unit, sizes, TILE)
         if sums_out[0] is not None:
-            tl.store(sums_out[0] + part * width + at, total_of_channels(g * normalized), mask=there)
+            keep(sums_out[0], part * width + at, total_of_channels(g * normalized), there)
         if sums_out[1] is not None:
-            tl.store(sums_out[1] + part * width + at, total_of_channels(g), mask=there)
+            keep(sums_out[1], part * width + at, total_of_channels(g), there)
         inside = g * scaling[0] - normalized * product
         if IS_CENTRED:
             inside -= constant

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Pointers count as aligned for the widest load, or the launch is left to Triton.
-ALIGNED = 16
+from steadynorm.errors import InputError
+
+# Bytes: what is aligned so is compiled with the widest loads, what is not without.
+ALIGNED, UNALIGNED = 16, "unaligned"
 # Launches that are remembered; sizes that change with every batch would fill the memory.
 REMEMBERED = 4096
 
@@ -21,30 +23,29 @@ def start(kernel: Any, x: Tensor, programs: int, *arguments: Any, **options: Any
     """Launch `programs` of a kernel on the device of `x`.
 
     Args:
-        arguments: tensors, numbers and None, in the order of the kernel's parameters; tensors on the device of `x`.
+        arguments: tensors, numbers and None, in the order of the kernel's parameters.
         options: the kernel's constants, which are its last parameters, and num_warps.
+
+    Raises:
+        InputError: a tensor is not on the device of `x`.
     """
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            _start(kernel, x.device, programs, arguments, options)
+            _start(kernel, x, programs, arguments, options)
     else:
-        _start(kernel, x.device, programs, arguments, options)
+        _start(kernel, x, programs, arguments, options)
 
 
-def _start(
-    kernel: Any, device: torch.device, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]
-) -> None:
-    bits = 0
+def _start(kernel: Any, x: Tensor, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     kinds: list[Any] = []
+    device = x.device
     for value in arguments:
         if isinstance(value, Tensor):
-            bits |= value.data_ptr()
-            kinds.append(value.dtype)
+            if value.device != device:
+                raise InputError(f"a tensor is on {value.device}, expected all on {device}, where x is: move it there.")
+            kinds.append((value.dtype, UNALIGNED) if value.data_ptr() % ALIGNED else value.dtype)
         else:
             kinds.append(float if isinstance(value, float) else value)
-    if bits % ALIGNED:
-        _launch(kernel, programs, arguments, options)
-        return
     # A kernel lives as long as its module; its own hash is slow.
     key = (id(kernel), device, programs, *kinds, *options.values())
     found = _found.get(key)

@@ -103,6 +103,14 @@ def load(pointer, offset, there, ACC: tl.constexpr):
 
 
 @triton.jit
+def keep(pointer, at, value, there):
+    """Write sums in the type of the memory: to a half type through float32, from which every one can be made."""
+    if pointer.dtype.element_ty != tl.float64:
+        value = value.to(tl.float32)
+    tl.store(pointer + at, value, mask=there)
+
+
+@triton.jit
 def is_valid(mask, at, there):
     """Which values count: those that are there and, where there is a mask, that it has."""
     if mask is None:
