@@ -34,6 +34,20 @@ def check(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor]) -> tupl
     return errors[0], errors[1]
 
 
+def check_each(ours: list[Tensor], theirs: list[Tensor], exact: list[Tensor], most: float) -> tuple[float, float]:
+    """`check`, result by result; and whatever torch's own error is, ours may not be more than `most`."""
+    errors = []
+    for place, results in enumerate(zip(ours, theirs, exact, strict=True)):
+        *found, wanted = results
+        own, torch_own = (((t - wanted).abs().max() / wanted.abs().max()).item() for t in found)
+        if not own <= min(max(2 * torch_own, 1e-6), most):
+            raise AssertionError(
+                f"result {place} is wrong by {own:.1e} where torch is wrong by {torch_own:.1e}: not timed"
+            )
+        errors.append((own, torch_own))
+    return max(own for own, _ in errors), max(other for _, other in errors)
+
+
 def take_turns(
     rivals: Mapping[str, Any],
     step: Callable[[Any], tuple[float, float]],

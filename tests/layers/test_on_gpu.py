@@ -75,6 +75,7 @@ def test_a_captured_graph_trains_as_the_layer_does(layout):
 
     stream = torch.cuda.Stream()
     before = {name: t.clone() for name, t in captured.state_dict().items()}
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             step(captured, x)
