@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from steadynorm import functional
 from steadynorm import grouping as grouping_
 from steadynorm import moments as moments_
 from steadynorm.errors import BackendError, InputError
@@ -143,6 +144,18 @@ def test_parameters_and_statistics_that_are_not_contiguous(expanded, device):
         assert torch.equal(one, two)
     given = triton_gpu.normalize(x, grouping, mean, var, weight, bias)
     assert torch.equal(given, triton_gpu.normalize(x, grouping, mean.contiguous(), var.contiguous(), weight, bias))
+
+
+def test_evaluation_reads_running_statistics_where_they_are(device, monkeypatch):
+    """In float32, without a copy of them."""
+    read, normalize = [], triton_gpu.normalize
+    monkeypatch.setattr(triton_gpu, "normalize", lambda *args: read.extend(args[2:4]) or normalize(*args))
+    x, mean, var = torch.randn(4, 3, 10, device=device), torch.randn(3, device=device), torch.rand(3, device=device)
+    with backend("triton"):
+        y = functional.normalize_running(x, mean, var)
+        of_doubles = functional.normalize_running(x, mean.double(), var.double())
+    assert torch.equal(y, of_doubles)
+    assert [t.data_ptr() for t in read[:2]] == [mean.data_ptr(), var.data_ptr()]
 
 
 def test_a_parameter_on_another_device_is_refused(device):

@@ -41,6 +41,8 @@ BATCHES: dict[str, tuple[tuple[int, ...], torch.dtype, str]] = {
     "28x28, bfloat16": ((256, 512, 28, 28), torch.bfloat16, "plain"),
     "7x7": ((256, 2048, 7, 7), torch.float32, "plain"),
     "56x56, bfloat16, channels last": ((256, 256, 56, 56), torch.bfloat16, "channels_last"),
+    "112x112, bfloat16, channels last": ((256, 64, 112, 112), torch.bfloat16, "channels_last"),
+    "8x8, channels last": ((32, 64, 8, 8), torch.float32, "channels_last"),
     "rows": ((32, 256), torch.float32, "plain"),
 }
 """By name: shape, dtype and memory order of a tensor that is normalised over the batch, with ReLU, in training."""
@@ -94,7 +96,7 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
 
 
 def look(binary: Any) -> dict[str, Any]:
-    """Registers, bytes of stack and local memory of a thread, and loads from memory by their bytes."""
+    """Registers, bytes of stack and local memory of a thread, and loads from memory by their bytes, async ones too."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(binary.asm["cubin"])
@@ -104,6 +106,8 @@ def look(binary: Any) -> dict[str, Any]:
     loads: Counter[int] = Counter()
     for vector, width in re.findall(r"ld\.global(?:\.L1::\w+)?(?:\.L2::\w+)?(?:\.v(\d))?\.(b\d+)", binary.asm["ptx"]):
         loads[int(vector or 1) * WIDTH[width]] += 1
+    for size in re.findall(r"cp\.async\.c[ag]\.shared\.global [^\n]*?, (0x\w+)", binary.asm["ptx"]):
+        loads[int(size, 16)] += 1
     registers, stack, _, local = map(int, used.groups())
     return {"registers": registers, "stack": stack, "local": local, "loads": dict(sorted(loads.items()))}
 

@@ -20,7 +20,7 @@ from steadynorm.errors import DegenerateStatisticsError, InputError
 from steadynorm.functional.packing import Packing, pack, unpack
 from steadynorm.functional.shapes import about_single_value
 from steadynorm.grouping import Grouping, dense_like, with_strides
-from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, numba_cpu, ops, reference
+from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, numba_cpu, ops, reference, triton_gpu
 from steadynorm.moments import Moments
 
 OPS = torch.ops.steadynorm
@@ -223,8 +223,11 @@ def _normalize(
     given_mean: Tensor | None = None
     given_var: Tensor | None = None
     if statistics is not None:
-        # Copies: what the backward pass reads must not move with the running statistics.
-        given_mean, given_var = (t.detach().to(reference.statistics_dtype(x), copy=is_recorded) for t in statistics)
+        given_mean, given_var = (t.detach() for t in statistics)
+        if is_recorded or ops.is_traced(x) or kernels.choose(x, masked=mask is not None) is not triton_gpu:
+            # Copies: what the backward pass reads must not move with the running statistics.
+            dtype = reference.statistics_dtype(x)
+            given_mean, given_var = (t.to(dtype, copy=is_recorded) for t in (given_mean, given_var))
     tensors = (x, weight, bias, residual, mask, given_mean, given_var)
     if ops.is_traced(x):
         y, *found = _Normalize.apply(*tensors, _Settings(grouping, eps, activation, is_constant, None))

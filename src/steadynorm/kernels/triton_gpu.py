@@ -32,7 +32,7 @@ COMPILERS = ("gcc", "clang")
 # Multiprocessors that the interpreter counts as: few, and yet small tensors are split.
 INTERPRETED = 4
 # Channels of a program of `merge_moments` and `ema`, whose work is small; float64 numbers that a warp holds of it.
-MERGED_CHANNELS = 16
+MERGED_CHANNELS = 2
 MERGED_PER_WARP = 512
 MOVED_CHANNELS = 1024
 
@@ -119,8 +119,8 @@ class Call:
         """Launch a kernel over `splits` parts of every unit."""
         made = self.launch
         rest = (*self.sizes, made.chunks, splits, made.units)
-        programs = made.units * splits
-        start(kernel, self.x, programs, *arguments, *rest, **constants, TILE=made.tile, num_warps=made.warps)
+        options = {**constants, "TILE": made.tile, "num_warps": made.warps, "maxnreg": made.registers}
+        start(kernel, self.x, made.units * splits, *arguments, *rest, **options)
 
     def merge(self, kernel: Any, *parts_and_results: Tensor | None) -> None:
         """Launch one of the two kernels that put parts together."""
@@ -178,7 +178,7 @@ def normalize(
     eps: float = 1e-5,
     activation: str | None = None,
 ) -> Tensor:
-    """See `steadynorm.kernels`."""
+    """See `steadynorm.kernels`; mean and var may be float32 as well: a cast is a launch more."""
     call, y = Call(x, grouping), torch.empty_like(x)
     tensors = (x, residual, _bytes(mask), y, *dense(mean, var, weight, bias))
     call.run(_kernels().normalize, call.launch.sweeps, *tensors, EPS=eps, ACTIVATION=activation)

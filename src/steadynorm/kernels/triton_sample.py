@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 # Parts of sums that one program of a merge takes in one step, and channels, a line of the cache; more parts than the
 # first are merged in two launches, since a single program would be long alone with them.
-MERGED_PARTS = 32
+MERGED_PARTS = 128
 MERGED_CHANNELS = 32
-MERGED_AT_ONCE = 512
-MERGED_WARPS = 4
+MERGED_AT_ONCE = 2048
+MERGED_WARPS = 8
 
 
 def why_not(x: Tensor | None = None, grouping: SampleGrouping | None = None, *, masked: bool = False) -> str:

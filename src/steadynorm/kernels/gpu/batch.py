@@ -18,6 +18,7 @@ from steadynorm.kernels.gpu.tiles import (
     load,
     numbers,
     own_span,
+    own_span_backwards,
     parameter,
     place,
     spread,
@@ -123,7 +124,8 @@ def _normalize(
     scale = tl.rsqrt(var + EPS).to(ACC) * parameter(weight, channel, is_channel, 1.0, ACC)
     shift = parameter(bias, channel, is_channel, 0.0, ACC) - low * scale
     high, scale, shift = spread(high, TILE), spread(scale, TILE), spread(shift, TILE)
-    for chunk in tl.range(first, last, num_stages=STAGES):
+    for step in tl.range(first, last, num_stages=STAGES):
+        chunk = last - 1 - (step - first)  # what was read last is in the cache
         offset, at, there = place(chunk, unit, sizes, TILE)
         z = (load(x, offset, there, ACC) - high) * scale + shift
         if residual is not None:
@@ -140,7 +142,7 @@ def normalize(
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """y = activation(weight · x̂ + bias + residual) for given mean and var (group,)."""
-    span = own_span(chunks, splits, units)
+    span = own_span_backwards(chunks, splits, units)
     statistics = numbers(mean, var, span[0], group, 1.0, TILE)
     sizes = (outer, group, inner)
     _normalize(x, residual, mask, y, statistics, (weight, bias), span, sizes, EPS, ACTIVATION, TILE)
@@ -268,7 +270,8 @@ def _input(
     constants = _constants(statistics, affine, unit, sizes[1], EPS, TILE)
     slope = constants[2] * constants[3]
     product, constant = spread(sums[0].to(ACC), TILE), spread(sums[1].to(ACC), TILE)
-    for chunk in tl.range(first, last, num_stages=STAGES):
+    for step in tl.range(first, last, num_stages=STAGES):
+        chunk = last - 1 - (step - first)  # what was read last is in the cache
         where = place(chunk, unit, sizes, TILE)
         normalized, g = _gradient(dy, x, side, mask, where, constants, ACTIVATION, TILE)
         if not IS_GIVEN:
@@ -286,7 +289,7 @@ def input_gradient(
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, IS_GIVEN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dx for sums (group,). `dy` is g where there is no activation."""
-    span = own_span(chunks, splits, units)
+    span = own_span_backwards(chunks, splits, units)
     statistics = numbers(mean, var, span[0], group, 1.0, TILE)
     dweight, dbias = numbers(dweight, dbias, span[0], group, 0.0, TILE)
     n = tl.maximum(count_of(count, plain_count), 1)

@@ -63,7 +63,7 @@ def affine(weight, bias, first, group, sizes, OFFSET: tl.constexpr, TILE: tl.con
     else:
         at = (group * columns + column)[None, :]
     scale = parameter(weight, at, there, 1.0, ACC)
-    if weight is not None:
+    if weight is not None and OFFSET != 0:
         scale += OFFSET
     return scale, parameter(bias, at, there, 0.0, ACC)
 
@@ -103,6 +103,8 @@ def forward(
     sizes = (samples, groups, columns, inner)
     row, is_row, where = place(tl.program_id(0) // groups, 0, group, sizes, TILE)
     values = added(x, addend, total_out, where, ACC)
+    # Asked for before the sums are waited for.
+    scaling = affine(weight, bias, 0, group, sizes, OFFSET, TILE)
     is_there = valid(mask, where)
     n = columns
     if mask is not None:
@@ -123,7 +125,6 @@ def forward(
     tl.store(mean_out + row, mean, mask=is_row)
     tl.store(var_out + row, var.to(tl.float64), mask=is_row)
     normalized = values * tl.rsqrt(var.to(tl.float64) + EPS).to(ACC)[:, None]
-    scaling = affine(weight, bias, 0, group, sizes, OFFSET, TILE)
     finish(normalized, residual, mask, y, where, scaling, ACTIVATION, ACC)
 
 

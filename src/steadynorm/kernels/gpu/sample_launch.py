@@ -24,6 +24,8 @@ NEAR = 16384
 PIECE = 4096
 # Bytes of a row that a program of 16 warps reads in a step towards its means: 16 in each thread.
 STEP = 8192
+# Values of a program of rows, where one has no more: few warps put their sums together in few steps.
+ROW_TILE = 1024
 # Values of a warp, and warps of a program at most.
 VALUES_PER_WARP = 512
 WARPS = 16
@@ -101,7 +103,7 @@ def _warps(values: int) -> int:
 
 def _keepers(warps: int) -> int:
     """Programs for each multiprocessor that keep sums in registers."""
-    return KEEPERS * launch.WARPS // max(warps, launch.WARPS)
+    return KEEPERS * launch.WARPS // warps
 
 
 def _rows(grouping: SampleGrouping, size: int, multiprocessors: int, is_backward: bool) -> Launch:
@@ -109,7 +111,7 @@ def _rows(grouping: SampleGrouping, size: int, multiprocessors: int, is_backward
     columns = above(width)
     # Fewer rows in a program where there are few in all.
     few = above(grouping.samples * grouping.groups // multiprocessors)
-    rows = max(1, min(launch.TILE // _words(size) // columns, few, above(grouping.samples)))
+    rows = max(1, min(ROW_TILE // _words(size) // columns, few, above(grouping.samples)))
     blocks = -(-grouping.samples // rows)
     warps = _warps(rows * columns * _words(size))
     tile = (rows, columns, STAGES, size == 8, _align(width), grouping.inner > 1)
@@ -147,7 +149,7 @@ def _samples(grouping: SampleGrouping, size: int, multiprocessors: int) -> Launc
     units = samples * blocks
     values = grouping.values_per_group * min(statistics, inner if is_per_position else groups)
     splits = min(-(-multiprocessors * launch.PROGRAMS // units), chunks // launch.CHUNKS, PARTS // statistics)
-    is_whole = values <= launch.WHOLE or units >= launch.UNITS * multiprocessors
+    is_whole = values <= launch.WHOLE or launch.fills(units, multiprocessors)
     align = _align(inner if shape[3] > 1 else channels)
     tile = (*shape, is_per_position, 1, size == 8, align)
     warps = _warps(math.prod(shape) * _words(size))

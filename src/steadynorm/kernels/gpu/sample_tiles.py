@@ -152,7 +152,7 @@ def affine(weight, bias, chunk, unit, sizes, OFFSET: tl.constexpr, TILE: tl.cons
     ACC: tl.constexpr = tl.float64 if TILE[6] else tl.float32
     at, there, _ = channels_of(chunk, unit, sizes, TILE)
     scale = parameter(weight, at, there, 1.0, ACC)
-    if weight is not None:
+    if weight is not None and OFFSET != 0:
         scale += OFFSET
     shift = parameter(bias, at, there, 0.0, ACC)
     return scale[None, :, :, None], shift[None, :, :, None]

@@ -21,9 +21,20 @@ import triton.language as tl
 @triton.jit
 def own_span(chunks, splits, units):
     """The unit of this program and its chunks [first, last): programs that run together are neighbours in memory."""
-    unit = tl.program_id(0) % units
+    return _span(tl.program_id(0), chunks, splits, units)
+
+
+@triton.jit
+def own_span_backwards(chunks, splits, units):
+    """`own_span` from the end of memory on: what the launch before has read last is in the cache."""
+    return _span(units * splits - 1 - tl.program_id(0), chunks, splits, units)
+
+
+@triton.jit
+def _span(program, chunks, splits, units):
+    unit = program % units
     share = tl.cdiv(chunks, splits)
-    first = tl.program_id(0) // units * share
+    first = program // units * share
     return unit, first, tl.minimum(first + share, chunks)
 
 
@@ -137,11 +148,11 @@ def parameter(pointer, channel, is_channel, default, ACC: tl.constexpr):
 
 @triton.jit
 def numbers(one, two, unit, group, default, TILE: tl.constexpr):
-    """Two numbers of each channel of a unit, as the span works with them: mean and var, or the two sums."""
+    """Two numbers of each channel of a unit in float64, as the span works with them: mean and var, or the two sums."""
     channel, is_channel = channels(unit, group, TILE)
     return (
-        tl.load(one + channel, mask=is_channel, other=0.0),
-        tl.load(two + channel, mask=is_channel, other=default),
+        tl.load(one + channel, mask=is_channel, other=0.0).to(tl.float64),
+        tl.load(two + channel, mask=is_channel, other=default).to(tl.float64),
     )
 
 
