@@ -8,7 +8,7 @@ DONE   := $(VENV)/.installed
 # The tests start a hundred processes that import torch: 1.5 s from bytecode, 5 s where that may not be written.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo test tests check bench docs clean
+.PHONY: install demo test tests check bench docs gpu clean
 
 # Without compiling every module of every package: Python does so at the first import of those that are used.
 install: $(DONE)
@@ -42,6 +42,11 @@ docs: install
 
 bench: install
 	$(BIN)/python -m benchmarks.batch_norm
+
+# Where there is a CUDA device, with the torch and Triton that are there: what has to hold on it, then how fast it is.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest -n 12 -m "gpu and not slow" tests/kernels tests/layers
+	PYTHONPATH=src $(PYTHON) -m benchmarks.gpu --no-compile
 
 clean:
 	rm -rf $(VENV) demo reports .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
