@@ -24,8 +24,9 @@ NEAR = 16384
 PIECE = 4096
 # Bytes of a row that a program of 16 warps reads in a step towards its means: 16 in each thread.
 STEP = 8192
-# Values of a program of rows, where one has no more: few warps put their sums together in few steps.
-ROW_TILE = 1024
+# Values of a program of rows, where a row has no more: few warps put their sums together in few steps. Forward every
+# block of rows is a program, and to begin one costs too.
+ROW_TILE, ROW_TILE_BACKWARD = 2048, 1024
 # Values of a warp, and warps of a program at most.
 VALUES_PER_WARP = 512
 WARPS = 16
@@ -111,7 +112,8 @@ def _rows(grouping: SampleGrouping, size: int, multiprocessors: int, is_backward
     columns = above(width)
     # Fewer rows in a program where there are few in all.
     few = above(grouping.samples * grouping.groups // multiprocessors)
-    rows = max(1, min(ROW_TILE // _words(size) // columns, few, above(grouping.samples)))
+    values = ROW_TILE_BACKWARD if is_backward else ROW_TILE
+    rows = max(1, min(values // _words(size) // columns, few, above(grouping.samples)))
     blocks = -(-grouping.samples // rows)
     warps = _warps(rows * columns * _words(size))
     tile = (rows, columns, STAGES, size == 8, _align(width), grouping.inner > 1)
