@@ -129,7 +129,7 @@ def sample_backward(
     dweights, dbiases = (part if is_wanted else None for part, is_wanted in zip(parts, wanted, strict=True))
     settings = {"EPS": eps, "ACTIVATION": activation, "IS_CENTRED": is_centred, "OFFSET": weight_offset}
     affine = triton_gpu.dense(mean, var, weight, bias)
-    left = _sums(before, made, (dy, total, residual, y, flat, *affine), grouping, settings)
+    left = _sums(before, made, (dy, total, residual, y, flat, *affine, dweights, dbiases), grouping, settings)
     tensors = (dy, dtotal, total, residual, y, flat, dresidual, dx, *affine, dweights, dbiases)
     _finish(made, tensors, left, grouping, settings)
     if made.parts > 1 and any(wanted):
@@ -144,7 +144,7 @@ def _sums(
     grouping: SampleGrouping,
     settings: dict[str, Any],
 ) -> Tensor | None:
-    """Parts of the sums of h·x̂ and h, where they have a launch of their own."""
+    """Parts of the sums of h·x̂ and h, where they have a launch of their own; it may leave those of channels as well."""
     from steadynorm.kernels.gpu import samples
 
     if not before and (made.kind != "samples" or made.splits == 1):

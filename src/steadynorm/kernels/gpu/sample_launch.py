@@ -152,10 +152,14 @@ def _samples(grouping: SampleGrouping, size: int, multiprocessors: int) -> Launc
     values = grouping.values_per_group * min(statistics, inner if is_per_position else groups)
     splits = min(-(-multiprocessors * launch.PROGRAMS // units), chunks // launch.CHUNKS, PARTS // statistics)
     is_whole = values <= launch.WHOLE or launch.fills(units, multiprocessors)
+    splits = 1 if is_whole else max(1, splits)
+    is_one_block = not is_per_position and channels <= shape[2]
+    if is_one_block:
+        parts = samples * splits
     align = _align(inner if shape[3] > 1 else channels)
-    tile = (*shape, is_per_position, 1, size == 8, align)
+    tile = (*shape, is_per_position, 1, size == 8, align, is_one_block)
     warps = _warps(math.prod(shape) * _words(size))
-    return Launch("samples", tile, units, chunks, 1 if is_whole else max(1, splits), parts, warps)
+    return Launch("samples", tile, units, chunks, splits, parts, warps)
 
 
 def _shape(grouping: SampleGrouping, size: int) -> tuple[int, int, int, int]:

@@ -12,10 +12,10 @@ so that one kernel serves all: what it does for a statistic goes through `total`
 channel through `total_of_channels` and `affine`. Kernels hand on `sizes = (outer, groups, channels, inner)`,
 `span = (unit, first, last)`, a range of the chunks of a unit, and
 
-    TILE = (OUTER, GROUPS, CHANNELS, INNER, IS_POSITIONS, STAGES, IS_DOUBLE, ALIGN)
+    TILE = (OUTER, GROUPS, CHANNELS, INNER, IS_POSITIONS, STAGES, IS_DOUBLE, ALIGN, IS_ONE_BLOCK)
 
 STAGES: loads in flight; IS_DOUBLE: the arithmetic is float64, else float32; ALIGN: a power of two that divides `inner`,
-or `channels` where that is 1.
+or `channels` where that is 1; IS_ONE_BLOCK: whether all chunks of a unit are of the same channels.
 """
 
 import triton
@@ -126,6 +126,13 @@ def place(chunk, unit, sizes, TILE: tl.constexpr):
     row = sample * outer + row
     offset = ((row * groups + group) * channels + channel) * inner + position
     return offset, row * inner + position, within, there
+
+
+@triton.jit
+def part_of(unit, splits, units, sizes, TILE: tl.constexpr):
+    """The part that this program leaves of the sums of its one block of channels."""
+    sample, _ = _sample(unit, sizes, TILE)
+    return sample * splits + tl.program_id(0) // units
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton.language as tl
 from steadynorm.kernels.gpu.sample_tiles import (
     affine,
     channels_of,
+    part_of,
     place,
     spread,
     statistics,
@@ -183,16 +184,21 @@ def _constants(mean, var, unit, sizes, EPS: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def _sums(
-    dy, x, side, mask, moments, parameters, span, sizes,
+    dy, x, side, mask, moments, parameters, sums_out, part, span, sizes,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, IS_CENTRED: tl.constexpr, OFFSET: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Count, Σ h·x̂ and Σ h of a span, in float64."""
+    """Count, Σ h·x̂ and Σ h of a span, in float64.
+
+    Of one block of channels it adds up g·x̂ and g channel by channel, which is what weight and bias want, and the rest
+    follows from that: nothing is put together across a program before its last chunk.
+    """
     OUTER: tl.constexpr = TILE[0]
     GROUPS: tl.constexpr = TILE[1]
     CHANNELS: tl.constexpr = TILE[2]
     INNER: tl.constexpr = TILE[3]
     STAGES: tl.constexpr = TILE[5]
     ACC: tl.constexpr = tl.float64 if TILE[6] else tl.float32
+    IS_ONE_BLOCK: tl.constexpr = TILE[8]
     unit, first, last = span
     constants = _constants(moments[0], moments[1], unit, sizes, EPS, TILE)
     at, _ = statistics(unit, sizes, TILE)
@@ -207,11 +213,24 @@ def _sums(
             seen += values_in(chunk, unit, sizes, TILE)
         else:
             seen += total(valid(mask, where).to(tl.int32), TILE)
-        h = g * scaling[0]
+        h = g if IS_ONE_BLOCK else g * scaling[0]
         products += h * normalized
-        if IS_CENTRED:
+        if IS_CENTRED or (IS_ONE_BLOCK and sums_out[1] is not None):
             totals += h
-    return seen.to(tl.float64), total(products, TILE).to(tl.float64), total(totals, TILE).to(tl.float64)
+    count = seen.to(tl.float64)
+    if not IS_ONE_BLOCK:
+        return count, total(products, TILE).to(tl.float64), total(totals, TILE).to(tl.float64)
+    else:
+        of_weight, of_bias = total_of_channels(products), total_of_channels(totals)
+        at, there, _ = channels_of(0, unit, sizes, TILE)
+        at += part * sizes[1] * sizes[2]
+        if sums_out[0] is not None:
+            keep(sums_out[0], at, of_weight, there)
+        if sums_out[1] is not None:
+            keep(sums_out[1], at, of_bias, there)
+        scale, _ = affine(parameters[0], None, 0, unit, sizes, OFFSET, TILE)
+        product = total(scale.to(tl.float64) * of_weight[None, :, :, None], TILE)
+        return count, product, total(scale.to(tl.float64) * of_bias[None, :, :, None], TILE)
 
 
 @triton.jit
@@ -219,7 +238,11 @@ def _input(
     dy, dtotal, x, side, mask, g_out, dx, moments, parameters, means, sums_out, span, sizes,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, IS_CENTRED: tl.constexpr, OFFSET: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dx and g of a span, and of each chunk Σ g·x̂ and Σ g of its channels; `means` are those of h·x̂ and h."""
+    """dx and g of a span; of more than one block of channels also Σ g·x̂ and Σ g of the channels of each chunk.
+
+    `means` are those of h·x̂ and h.
+    """
+    IS_ONE_BLOCK: tl.constexpr = TILE[8]
     STAGES: tl.constexpr = TILE[5]
     ACC: tl.constexpr = tl.float64 if TILE[6] else tl.float32
     unit, first, last = span
@@ -232,11 +255,12 @@ def _input(
         normalized, g = gradients(dy, x, side, mask, where, constants, scaling, ACTIVATION, ACC)
         if g_out is not None:
             tl.store(g_out + where[0], g, mask=where[3])
-        at, there, part = channels_of(chunk, unit, sizes, TILE)
-        if sums_out[0] is not None:
-            keep(sums_out[0], part * width + at, total_of_channels(g * normalized), there)
-        if sums_out[1] is not None:
-            keep(sums_out[1], part * width + at, total_of_channels(g), there)
+        if not IS_ONE_BLOCK:
+            at, there, part = channels_of(chunk, unit, sizes, TILE)
+            if sums_out[0] is not None:
+                keep(sums_out[0], part * width + at, total_of_channels(g * normalized), there)
+            if sums_out[1] is not None:
+                keep(sums_out[1], part * width + at, total_of_channels(g), there)
         inside = g * scaling[0] - normalized * product
         if IS_CENTRED:
             inside -= constant
@@ -254,8 +278,9 @@ def backward(
     sizes = (outer, groups, channels, inner)
     side, moments, parameters = (residual, y), (mean, var), (weight, bias)
     count, product, constant = _sums(
-        dy, x, side, mask, moments, parameters, span, sizes, EPS, ACTIVATION, IS_CENTRED, OFFSET, TILE
-    )
+        dy, x, side, mask, moments, parameters, (dweight_out, dbias_out), part_of(span[0], splits, units, sizes, TILE),
+        span, sizes, EPS, ACTIVATION, IS_CENTRED, OFFSET, TILE,
+    )  # fmt: skip
     n = tl.maximum(count, 1)
     _input(
         dy, dtotal, x, side, mask, g_out, dx, moments, parameters, (product / n, constant / n),
@@ -265,16 +290,16 @@ def backward(
 
 @triton.jit
 def sums(
-    dy, x, residual, y, mask, mean, var, weight, bias, parts, width,
+    dy, x, residual, y, mask, mean, var, weight, bias, dweight_out, dbias_out, parts, width,
     outer, groups, channels, inner, chunks, splits, units,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, IS_CENTRED: tl.constexpr, OFFSET: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Count, Σ h·x̂ and Σ h of a span, to parts (3, splits, width)."""
+    """Count, Σ h·x̂ and Σ h of a span, to parts (3, splits, width); of one block also its parts of dweight and dbias."""
     span = own_span(chunks, splits, units)
     sizes = (outer, groups, channels, inner)
     count, product, constant = _sums(
-        dy, x, (residual, y), mask, (mean, var), (weight, bias), span, sizes,
-        EPS, ACTIVATION, IS_CENTRED, OFFSET, TILE,
+        dy, x, (residual, y), mask, (mean, var), (weight, bias), (dweight_out, dbias_out),
+        part_of(span[0], splits, units, sizes, TILE), span, sizes, EPS, ACTIVATION, IS_CENTRED, OFFSET, TILE,
     )  # fmt: skip
     _leave((tl.cast(width, tl.int64), splits, parts), count, product, constant, span, sizes, units, TILE)
 
