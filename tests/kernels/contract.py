@@ -62,6 +62,7 @@ class Bench:
             found = results[name]
             assert found is not None
             if parameter is not None and found.dtype == parameter.dtype:
+                assert found.shape == (self.grouping.group,), name
                 bound = self.expected[name]
                 rounding = torch.finfo(parameter.dtype).eps / 2 * np.abs(bound.expected)
                 _close(f"{self.case.name}: {name}", found, replace(bound, allowed=bound.allowed + rounding))

@@ -129,6 +129,19 @@ def test_parameters_of_another_dtype_alone_and_with_an_offset(device):
         assert_right(Call(sizes, offset=1.0, has=frozenset({"weight"}), is_centred=False), device)
 
 
+@pytest.mark.parametrize("launch", ["far"], indirect=True)
+def test_many_rows_whose_means_have_a_launch_of_their_own(launch, device):
+    """It leaves nothing for channels: there are more rows than parts of the launch that does."""
+    from steadynorm.kernels.gpu.sample_launch import plan
+
+    sizes = (40, 1, 1, 100, 1)
+    before, last = plan(SampleGrouping(*sizes, False), 4, 4, 2)
+    *_, leaves_channels = before.tile
+    assert last.parts < 40
+    assert not leaves_channels
+    assert_right(Call(sizes), device)
+
+
 def test_parameters_that_are_not_contiguous(device):
     grouping = SampleGrouping(5, 1, 1, 12, 1, False)
     x, dy = torch.randn(2, 5, 12, device=device)

@@ -224,7 +224,8 @@ def _normalize(
     given_var: Tensor | None = None
     if statistics is not None:
         given_mean, given_var = (t.detach() for t in statistics)
-        if is_recorded or ops.is_traced(x) or kernels.choose(x, masked=mask is not None) is not triton_gpu:
+        reads_all = is_constant and not is_recorded and not ops.is_traced(x)
+        if not (reads_all and kernels.choose(x, masked=mask is not None) is triton_gpu):
             # Copies: what the backward pass reads must not move with the running statistics.
             dtype = reference.statistics_dtype(x)
             given_mean, given_var = (t.to(dtype, copy=is_recorded) for t in (given_mean, given_var))

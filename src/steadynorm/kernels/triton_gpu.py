@@ -119,7 +119,9 @@ class Call:
         """Launch a kernel over `splits` parts of every unit."""
         made = self.launch
         rest = (*self.sizes, made.chunks, splits, made.units)
-        options = {**constants, "TILE": made.tile, "num_warps": made.warps, "maxnreg": made.registers}
+        options = {**constants, "TILE": made.tile, "num_warps": made.warps}
+        if made.registers is not None:
+            options["maxnreg"] = made.registers
         start(kernel, self.x, made.units * splits, *arguments, *rest, **options)
 
     def merge(self, kernel: Any, *parts_and_results: Tensor | None) -> None:

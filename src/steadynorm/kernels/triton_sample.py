@@ -129,7 +129,8 @@ def sample_backward(
     dweights, dbiases = (part if is_wanted else None for part, is_wanted in zip(parts, wanted, strict=True))
     settings = {"EPS": eps, "ACTIVATION": activation, "IS_CENTRED": is_centred, "OFFSET": weight_offset}
     affine = triton_gpu.dense(mean, var, weight, bias)
-    left = _sums(before, made, (dy, total, residual, y, flat, *affine, dweights, dbiases), grouping, settings)
+    of_channels = (None, None) if before else (dweights, dbiases)
+    left = _sums(before, made, (dy, total, residual, y, flat, *affine, *of_channels), grouping, settings)
     tensors = (dy, dtotal, total, residual, y, flat, dresidual, dx, *affine, dweights, dbiases)
     _finish(made, tensors, left, grouping, settings)
     if made.parts > 1 and any(wanted):

@@ -86,7 +86,8 @@ def plan(grouping: SampleGrouping, size: int, multiprocessors: int, sums: int = 
     if not is_backward:
         return (_samples(grouping, size, multiprocessors),)
     last = _columns(grouping, size, multiprocessors, sums)
-    return (last,) if width <= NEAR else (_samples(grouping, size, multiprocessors), last)
+    # The sums of channels are left by the last launch alone: its parts are not those of the one before.
+    return (last,) if width <= NEAR else (_samples(grouping, size, multiprocessors, leaves_channels=False), last)
 
 
 def _words(size: int) -> int:
@@ -138,7 +139,7 @@ def _columns(grouping: SampleGrouping, size: int, multiprocessors: int, sums: in
     return Launch("columns", tile, grouping.groups, pieces, shares, shares, warps, STEP // size)
 
 
-def _samples(grouping: SampleGrouping, size: int, multiprocessors: int) -> Launch:
+def _samples(grouping: SampleGrouping, size: int, multiprocessors: int, *, leaves_channels: bool = True) -> Launch:
     samples, outer, groups, channels, inner, is_per_position = grouping
     shape = _shape(grouping, launch.TILE // _words(size))
     if is_per_position:
@@ -153,7 +154,7 @@ def _samples(grouping: SampleGrouping, size: int, multiprocessors: int) -> Launc
     splits = min(-(-multiprocessors * launch.PROGRAMS // units), chunks // launch.CHUNKS, PARTS // statistics)
     is_whole = values <= launch.WHOLE or launch.fills(units, multiprocessors)
     splits = 1 if is_whole else max(1, splits)
-    is_one_block = not is_per_position and channels <= shape[2]
+    is_one_block = leaves_channels and not is_per_position and channels <= shape[2]
     if is_one_block:
         parts = samples * splits
     align = _align(inner if shape[3] > 1 else channels)
