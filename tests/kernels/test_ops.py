@@ -144,3 +144,11 @@ def test_the_meta_device_gives_shapes():
     assert y.shape == x.shape
     assert y.stride() == x.stride()
     assert moments.mean.shape == (6,)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (7,)])
+def test_statistics_that_are_not_one_of_each_channel_are_refused(shape):
+    x, statistics = torch.randn(4, 6), torch.ones(shape)
+    for normalize in (functional.normalize_running, functional.batch_norm):
+        with pytest.raises(InputError, match=r"mean and var got shapes .*, expected \(6,\) for x of shape \(4, 6\)"):
+            normalize(x, statistics, statistics)

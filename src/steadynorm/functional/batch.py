@@ -202,6 +202,9 @@ def _normalize(
     """
     check_extras(x, residual, activation, mask)
     check_affine(x, weight, bias)
+    if statistics is not None and any(t.numel() != x.shape[1] for t in statistics):
+        shapes = " and ".join(str(tuple(t.shape)) for t in statistics)
+        raise InputError(f"mean and var got shapes {shapes}, expected ({x.shape[1]},) for x of shape {tuple(x.shape)}.")
     if runs_composed(x, residual):
         kept = statistics if is_constant else None
         y, *found = reference.compose(x, weight, bias, residual, mask, eps, activation, kept)
