@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -197,3 +199,16 @@ def test_second_derivatives(name):
         (dx,) = torch.autograd.grad(ours(x, weight, bias).square().sum(), x, create_graph=True)
         for found, expected in zip(second, torch.autograd.grad(dx.square().sum(), (x, weight, bias)), strict=True):
             assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("has", [(False, True), (True, False), (False, False)])
+def test_a_bias_without_a_weight_and_the_other_way_round(has):
+    x = torch.randn(4, 6, 5, 5, requires_grad=True)
+    weight, bias = (torch.randn(6, requires_grad=True) if there else None for there in has)
+    leaves = [t for t in (x, weight, bias) if t is not None]
+    dy, found = torch.randn(4, 6, 5, 5), []
+    for name in (None, "reference"):
+        with contextlib.nullcontext() if name is None else sn.backend(name):
+            found.append(torch.autograd.grad(functional.group_norm(x, 2, weight, bias), leaves, dy))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two)

@@ -52,7 +52,9 @@ def group(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
     """Group normalization of `x` (N, C, *) in plain memory order; None where it is not for torch's kernel, as above."""
     if not _is_plain(x) or (values := x.numel()) > SMALL_IMAGES or not eps >= 0 or (is_far := _kernel()) is None:
         return None
-    if values == 0 or x.dim() < 2 or not (_is_dense(weight) and _is_dense(bias)):
+    # Of a bias without a weight torch's backward pass raises.
+    is_odd = weight is None and bias is not None
+    if values == 0 or x.dim() < 2 or is_odd or not (_is_dense(weight) and _is_dense(bias)):
         return None
     n, c = x.shape[:2]
     try:
