@@ -223,27 +223,6 @@ def gradient_like(x: Tensor, parameter: Tensor | None, count: int) -> Tensor:
     return x.new_empty(count, dtype=statistics_dtype(x) if parameter is None else parameter.dtype)
 
 
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    outer: int,
-    group: int,
-    inner: int,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, needs_dresidual = rest
-    return (
-        torch.empty_like(x),
-        gradient_like(x, weight, group),
-        gradient_like(x, bias, group),
-        torch.empty_like(x) if needs_dresidual else x.new_empty(0),
-    )
-
-
 for _name, _implementation in {
     "moments": moments,
     "normalize": normalize,
@@ -268,5 +247,13 @@ torch.library.register_fake(
     lambda dy, x, outer, group, *rest: (torch.empty_like(x), _statistics_like(x, group), _statistics_like(x, group)),
 )
 torch.library.register_fake("steadynorm::backward_input", lambda g, x, *rest: torch.empty_like(x))
-torch.library.register_fake("steadynorm::backward", _fake_backward)
+torch.library.register_fake(
+    "steadynorm::backward",
+    lambda dy, x, outer, group, inner, mean, var, weight, bias, *rest: (
+        torch.empty_like(x),
+        gradient_like(x, weight, group),
+        gradient_like(x, bias, group),
+        torch.empty_like(x) if rest[-1] else x.new_empty(0),
+    ),
+)
 torch.library.register_fake("steadynorm::update_running_", lambda *rest: None)

@@ -181,13 +181,13 @@ def _parts(node: Any) -> list[Any]:
 
 def _backend(node: Any, parts: list[Any]) -> ModuleType:
     """The backend that the norm ran on: to compute it again elsewhere would give other bits."""
-    x, backend, is_masked = parts[0].get(), node.backend, parts[MASK] is not None
-    if backend is None and isinstance(node, NODES[0]):
-        backend = backends.choose(x, masked=is_masked)
-    elif backend is None:
-        backend = backends.choose_sample(x, node.settings.grouping, masked=is_masked)
-    found: ModuleType = backend
-    return found
+    backend: ModuleType | None = node.backend
+    if backend is not None:
+        return backend
+    x, is_masked = parts[0].get(), parts[MASK] is not None
+    if isinstance(node, NODES[0]):
+        return backends.choose(x, masked=is_masked)
+    return backends.choose_sample(x, node.settings.grouping, masked=is_masked)
 
 
 def _residual(node: Any, parts: list[Any]) -> "_Saved | _Source | None":
