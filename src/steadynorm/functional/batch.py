@@ -34,6 +34,9 @@ class _Settings(NamedTuple):
     activation: str | None
     is_constant: bool
     """Whether statistics are constants to the backward pass, or functions of `x`."""
+    backend: ModuleType | None
+    """What runs it, the backward pass too: autograd may call that from a thread that knows of no `backend` block. None
+    when traced, and the ops choose."""
     found: list[Tensor] | None
     """Where mean and var go. None when the call is traced: a graph has no place for them but among the outputs."""
 
@@ -53,10 +56,8 @@ class _Normalize(torch.autograd.Function):
         var: Tensor | None,
         settings: _Settings,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        ctx.settings, ctx.strides = settings, x.stride()
-        # The backward pass runs on it too: autograd may call that from a thread that knows of no `backend` block.
-        ctx.backend = None if settings.found is None else kernels.choose(x, masked=mask is not None)
-        y, mean, var = _forward(x, weight, bias, residual, mask, mean, var, settings, ctx.backend)
+        ctx.settings, ctx.backend, ctx.strides = settings, settings.backend, x.stride()
+        y, mean, var = _forward(x, weight, bias, residual, mask, mean, var, settings)
         activation = settings.activation
         ctx.has_residual = residual is not None
         takes_output = ctx.has_residual and activation in FROM_OUTPUT
@@ -84,7 +85,7 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, dy)
         x, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
-        grouping, eps, activation, is_constant, _ = ctx.settings
+        grouping, eps, activation, is_constant, *_ = ctx.settings
         is_traced = ops.is_traced(x)
         if not is_traced:
             x, residual, y = (t if t is None else with_strides(t, ctx.strides) for t in (x, residual, y))
@@ -129,10 +130,9 @@ def _forward(
     mean: Tensor | None,
     var: Tensor | None,
     settings: _Settings,
-    backend: ModuleType | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean and var: from the backend or, None, from the ops that a trace sees."""
-    grouping, eps, activation, *_ = settings
+    grouping, eps, activation, _, backend, _ = settings
     rest = (weight, bias, residual, flat_mask(mask, grouping), eps, activation)
     if backend is None:
         if mean is not None and var is not None:
@@ -148,7 +148,7 @@ def _forward(
 def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The backward pass as a function that can itself be differentiated, to any order."""
     x, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
-    _, eps, activation, is_constant, _ = ctx.settings
+    _, eps, activation, is_constant, *_ = ctx.settings
     statistics = (mean, var) if is_constant else None
     normalized, *_ = reference.compose(x, weight, bias, None, mask, eps, None, statistics)
     if mask is not None:
@@ -223,23 +223,24 @@ def _normalize(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
+    is_traced = ops.is_traced(x)
+    backend = None if is_traced else kernels.choose(x, masked=mask is not None)
     given_mean: Tensor | None = None
     given_var: Tensor | None = None
     if statistics is not None:
         given_mean, given_var = (t.detach() for t in statistics)
-        reads_all = is_constant and not is_recorded and not ops.is_traced(x)
-        if not (reads_all and kernels.choose(x, masked=mask is not None) is triton_gpu):
+        if is_recorded or not is_constant or backend is not triton_gpu:
             # Copies: what the backward pass reads must not move with the running statistics.
             dtype = reference.statistics_dtype(x)
             given_mean, given_var = (t.to(dtype, copy=is_recorded) for t in (given_mean, given_var))
     tensors = (x, weight, bias, residual, mask, given_mean, given_var)
-    if ops.is_traced(x):
-        y, *found = _Normalize.apply(*tensors, _Settings(grouping, eps, activation, is_constant, None))
+    if is_traced:
+        y, *found = _Normalize.apply(*tensors, _Settings(grouping, eps, activation, is_constant, None, None))
         return y, found[0].detach(), found[1].detach()
     found = []
-    settings = _Settings(grouping, eps, activation, is_constant, found)
+    settings = _Settings(grouping, eps, activation, is_constant, backend, found)
     if not is_recorded:
-        return _forward(*tensors, settings, kernels.choose(x, masked=mask is not None))
+        return _forward(*tensors, settings)
     y = _apply(*tensors, settings)
     return y, found[0], found[1]
 
