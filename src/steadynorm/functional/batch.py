@@ -202,9 +202,8 @@ def _normalize(
     """
     check_extras(x, residual, activation, mask)
     check_affine(x, weight, bias)
-    if statistics is not None and any(t.numel() != x.shape[1] for t in statistics):
-        shapes = " and ".join(str(tuple(t.shape)) for t in statistics)
-        raise InputError(f"mean and var got shapes {shapes}, expected ({x.shape[1]},) for x of shape {tuple(x.shape)}.")
+    if statistics is not None:
+        check_affine(x, *statistics, names=("mean", "var"))
     if runs_composed(x, residual):
         kept = statistics if is_constant else None
         y, *found = reference.compose(x, weight, bias, residual, mask, eps, activation, kept)
@@ -263,14 +262,15 @@ def check_extras(x: Tensor, residual: Tensor | None, activation: str | None, mas
         check_mask(x, mask)
 
 
-def check_affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Raise InputError where a weight or bias is not one value for each channel of `x` (N, C, *)."""
+def check_affine(
+    x: Tensor, one: Tensor | None, two: Tensor | None, names: tuple[str, str] = ("weight", "bias")
+) -> None:
+    """Raise InputError where weight or bias, or what `names` says, is not one value a channel of `x` (N, C, *)."""
     channels = x.shape[1]
-    if (weight is None or weight.numel() == channels) and (bias is None or bias.numel() == channels):
-        return
-    name, given = ("weight", weight) if weight is not None and weight.numel() != channels else ("bias", bias)
-    shape = None if given is None else tuple(given.shape)
-    raise InputError(f"{name} got shape {shape}, expected ({channels},) for x of shape {tuple(x.shape)}.")
+    for name, given in zip(names, (one, two), strict=True):
+        if given is not None and given.numel() != channels:
+            shape = tuple(given.shape)
+            raise InputError(f"{name} got shape {shape}, expected ({channels},) for x of shape {tuple(x.shape)}.")
 
 
 def check_mask(x: Tensor, mask: Tensor) -> None:
