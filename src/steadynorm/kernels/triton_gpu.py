@@ -311,15 +311,12 @@ def backward(
     g = torch.empty_like(x) if needs_dresidual else None
     affine = dense(mean, var, weight, bias)
     # Rounded where they are written: two casts afterwards would be two launches more.
-    gradients = _gradient_of(call, weight), _gradient_of(call, bias)
+    gradients = gradient_of(weight, x, grouping.group), gradient_of(bias, x, grouping.group)
     if call.launch.is_whole:
-        dx, (dweight, dbias) = (
-            torch.empty_like(x),
-            (call.doubles(grouping.group) if t is None else t for t in gradients),
-        )
-        tensors = (dy, x, residual, y, flat, g, dx, *affine, dweight, dbias, *numbers)
+        dx = torch.empty_like(x)
+        tensors = (dy, x, residual, y, flat, g, dx, *affine, *gradients, *numbers)
         call.run(_kernels().backward, 1, *tensors, EPS=eps, ACTIVATION=activation, IS_GIVEN=is_given)
-        return dx, dweight, dbias, g
+        return dx, *gradients, g
     side = (residual, y, flat, g)
     dweight, dbias = _sums(call, dy, *side, *affine, eps=eps, activation=activation, gradients=gradients)
     statistics = (*affine, dweight, dbias, *numbers)
@@ -329,13 +326,12 @@ def backward(
     else:
         # Read instead of computed again: one tensor in place of two or three.
         dx = _input(call, g, (None, None, flat), statistics, eps=eps, activation=None, is_given=is_given)
-    of_weight, of_bias = gradients
-    return dx, dweight if of_weight is None else of_weight, dbias if of_bias is None else of_bias, g
+    return dx, *gradients, g
 
 
-def _gradient_of(call: Call, parameter: Tensor | None) -> Tensor | None:
-    """Memory for the gradient of weight or bias, in its dtype."""
-    return None if parameter is None else torch.empty(call.sizes[1], dtype=parameter.dtype, device=call.x.device)
+def gradient_of(parameter: Tensor | None, x: Tensor, count: int) -> Tensor:
+    """Memory for the sums that are the gradient of weight or bias, in its dtype; float64 where there is none."""
+    return torch.empty(count, dtype=torch.float64 if parameter is None else parameter.dtype, device=x.device)
 
 
 def ema_(

@@ -118,10 +118,7 @@ def sample_backward(
     dresidual = torch.empty_like(total) if needs_dresidual else None
     width = grouping.groups * grouping.channels
     # Rounded where they are written: two casts afterwards would be two launches more.
-    sums = [
-        torch.empty(width if needs_affine else 0, dtype=torch.float64 if t is None else t.dtype, device=total.device)
-        for t in (weight, bias)
-    ]
+    sums = [triton_gpu.gradient_of(t, total, width if needs_affine else 0) for t in (weight, bias)]
     parts: Sequence[Tensor] = sums  # one part is the sum itself
     if made.parts > 1:
         kept = torch.float64 if total.dtype == torch.float64 else torch.float32
