@@ -113,6 +113,12 @@ def assert_keeps_contract(backend: ModuleType, case: Case, device: str = "cpu") 
     bench.check(mean=mean, var=var)
     y = backend.normalize(x, grouping, *statistics, weight, bias, bench.residual, *settings)
     bench.check(y=y)
+    for dtype in (torch.float32, torch.bfloat16):
+        narrow = [t.to(dtype) for t in statistics]
+        found = backend.normalize(x, grouping, *narrow, weight, bias, bench.residual, *settings)
+        widened = [t.double() for t in narrow]
+        wanted = backend.normalize(x, grouping, *widened, weight, bias, bench.residual, *settings)
+        assert torch.equal(found.nan_to_num(7), wanted.nan_to_num(7)), f"statistics in {dtype} count as others"
     for kept in _ways_to_know_z(bench, y):
         ahead = (bench.dy, x, grouping, *statistics, weight, bias, *kept, *settings)
         g, dweight, dbias = backend.backward_sums(*ahead)

@@ -49,6 +49,28 @@ def test_small_calls_give_the_bits_of_large_ones(shape, layout, is_affine, monke
         assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(33, 5), (4, 3, 5, 7)], ids=["rows", "planes"])
+def test_given_statistics_and_rounded_gradients_have_the_bits_of_large_calls(shape, dtype, monkeypatch):
+    """What small calls convert themselves and large ones leave to PyTorch."""
+    x, dy, weight, bias = tensors(shape)
+    grouping = grouping_.batch(x)[1]
+    mean, var = torch.randn(shape[1], dtype=dtype), torch.rand(shape[1], dtype=dtype) + 0.1
+
+    def results(weight, bias):
+        given = numba_cpu.normalize(x, grouping, mean, var, weight, bias, x, eps=1e-3, activation="relu")
+        return given, *numba_cpu.backward(dy, x, grouping, mean, var, weight, bias, eps=1e-3, is_given=True)[:3]
+
+    cases = [(weight, bias), (weight.double(), bias), (weight, None), (None, bias.double()), (None, None)]
+    small = [results(*parameters) for parameters in cases]
+    assert numba_small._prepared.cache_info().currsize
+    monkeypatch.setattr(numba_cpu, "SERIAL_BELOW", 0)
+    for parameters, found in zip(cases, small, strict=True):
+        for first, second in zip(found, results(*parameters), strict=True):
+            assert first.dtype == second.dtype
+            assert torch.equal(first, second)
+
+
 def test_threads_do_not_share_arguments():
     """The same sizes and settings in eight threads at once: each has addresses and scratch memory of its own."""
     given = [tensors((64, 96), seed=seed) for seed in range(8)]

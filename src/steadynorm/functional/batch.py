@@ -20,7 +20,7 @@ from steadynorm.errors import DegenerateStatisticsError, InputError
 from steadynorm.functional.packing import Packing, pack, unpack
 from steadynorm.functional.shapes import about_single_value
 from steadynorm.grouping import Grouping, dense_like, with_strides
-from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, numba_cpu, ops, reference, triton_gpu
+from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, numba_cpu, ops, reference
 from steadynorm.moments import Moments
 
 OPS = torch.ops.steadynorm
@@ -227,8 +227,8 @@ def _normalize(
     given_mean: Tensor | None = None
     given_var: Tensor | None = None
     if statistics is not None:
-        given_mean, given_var = (t.detach() for t in statistics)
-        if is_recorded or not is_constant or backend is not triton_gpu:
+        given_mean, given_var = (t.detach() if t.requires_grad else t for t in statistics)
+        if is_recorded or not is_constant:
             # Copies: what the backward pass reads must not move with the running statistics.
             dtype = reference.statistics_dtype(x)
             given_mean, given_var = (t.to(dtype, copy=is_recorded) for t in (given_mean, given_var))

@@ -40,6 +40,11 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64
 
 
+def as_gradient(found: Tensor, parameter: Tensor | None) -> Tensor:
+    """The sums that a backend gives for weight or bias, in the dtype of the parameter, if there is one."""
+    return found if parameter is None else found.to(parameter.dtype)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of arithmetic over whole tensors: that of `x`, but never below float32."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -164,6 +169,7 @@ def normalize(
     activation: str | None = None,
 ) -> Tensor:
     """y = activation(weight · x̂ + bias + residual), in the dtype and memory order of `x`."""
+    mean, var = (t.to(statistics_dtype(x)) for t in (mean, var))
     z = _before_activation(_normalized(x, grouping, mean, var, eps), grouping, weight, bias, residual)
     if activation is not None:
         z = ACTIVATIONS[activation](z)

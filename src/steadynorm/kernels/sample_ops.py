@@ -7,8 +7,8 @@ from torch import Tensor
 
 from steadynorm.grouping import SampleGrouping
 from steadynorm.kernels.backends import choose_sample
-from steadynorm.kernels.ops import as_gradient, gradient_like
-from steadynorm.kernels.reference import statistics_dtype
+from steadynorm.kernels.ops import gradient_like
+from steadynorm.kernels.reference import as_gradient, statistics_dtype
 
 LIBRARY = torch.library.Library("steadynorm", "FRAGMENT")
 OPS = torch.ops.steadynorm
