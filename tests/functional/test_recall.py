@@ -11,7 +11,7 @@ from steadynorm import functional
 from steadynorm.errors import InputError
 from steadynorm.functional import recall
 from steadynorm.functional.layer import normalize_positions
-from steadynorm.kernels import torch_sample
+from steadynorm.kernels import torch_small
 
 CALLS = {
     "layer": ((300, 70), lambda x, w, b: functional.layer_norm(x, (70,), w, b)),
@@ -29,8 +29,8 @@ LAST = {"group", "group, silu", "positions", "large planes"}
 @pytest.fixture(autouse=True)
 def nothing_is_known(monkeypatch):
     """And nothing goes to torch's own kernels, however small it is."""
-    monkeypatch.setattr(torch_sample, "SMALL", 0)
-    monkeypatch.setattr(torch_sample, "SMALL_IMAGES", 0)
+    monkeypatch.setattr(torch_small, "SMALL", 0)
+    monkeypatch.setattr(torch_small, "SMALL_IMAGES", 0)
     recall._calls.clear()
     yield
     recall._calls.clear()

@@ -20,7 +20,7 @@ from steadynorm.errors import DegenerateStatisticsError, InputError
 from steadynorm.functional.packing import Packing, pack, unpack
 from steadynorm.functional.shapes import about_single_value
 from steadynorm.grouping import Grouping, dense_like, with_strides
-from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, numba_cpu, ops, reference
+from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, numba_cpu, ops, reference, torch_small
 from steadynorm.moments import Moments
 
 OPS = torch.ops.steadynorm
@@ -201,6 +201,11 @@ def _normalize(
     Returns: y, and mean and var, detached.
     """
     check_extras(x, residual, activation, mask)
+    if residual is None and mask is None and (is_constant or statistics is None):
+        small = _by_torch(x, weight, bias, statistics, eps)
+        if small is not None:
+            y, *found = small
+            return y if activation is None else ACTIVATIONS[activation](y), found[0], found[1]
     check_affine(x, weight, bias)
     if statistics is not None:
         check_affine(x, *statistics, names=("mean", "var"))
@@ -242,6 +247,16 @@ def _normalize(
         return _forward(*tensors, settings)
     y = _apply(*tensors, settings)
     return y, found[0], found[1]
+
+
+def _by_torch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: tuple[Tensor, Tensor] | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """y, mean and var where torch's own kernel is for a call, else None."""
+    if statistics is None:
+        return torch_small.batch(x, weight, bias, eps)
+    y = torch_small.given(x, *statistics, weight, bias, eps)
+    return None if y is None else (y, *statistics)
 
 
 def is_packed(x: Tensor, mask: Tensor) -> bool:

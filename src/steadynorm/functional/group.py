@@ -8,7 +8,7 @@ from steadynorm import grouping as grouping_
 from steadynorm.functional import shapes
 from steadynorm.functional.recall import recall, remember
 from steadynorm.functional.sample import Settings, normalize_sample, under_autocast
-from steadynorm.kernels import ACTIVATIONS, torch_sample
+from steadynorm.kernels import ACTIVATIONS, torch_small
 
 
 def within_groups(
@@ -59,7 +59,7 @@ def quick_group(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, activation: str | None
 ) -> Tensor | None:
     """`group_norm` where little has to be found out for it, which is done unchecked; else None."""
-    if activation is None and (y := torch_sample.group(x, num_groups, weight, bias, eps)) is not None:
+    if activation is None and (y := torch_small.group(x, num_groups, weight, bias, eps)) is not None:
         return y
     return recall(("group", num_groups, eps, activation), x, weight, bias)
 

@@ -11,7 +11,7 @@ from steadynorm.functional import shapes
 from steadynorm.functional.recall import recall, remember
 from steadynorm.functional.sample import Settings, normalize_sample, under_autocast
 from steadynorm.grouping import dense_like
-from steadynorm.kernels import torch_sample
+from steadynorm.kernels import torch_small
 
 
 def normalize_layer(
@@ -43,7 +43,7 @@ def quick_layer(
     x: Tensor, shape: tuple[int, ...] | torch.Size, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor | None:
     """`layer_norm` where little has to be found out for it, which is done unchecked; else None."""
-    y = torch_sample.layer(x, shape, weight, bias, eps)
+    y = torch_small.layer(x, shape, weight, bias, eps)
     return recall(("layer", shape, eps), x, weight, bias) if y is None else y
 
 

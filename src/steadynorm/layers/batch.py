@@ -165,8 +165,10 @@ class BatchNorm(WideBuffers, Switches):
         return None
 
     def _running(self) -> Running | None:
-        mean, var = self.running_mean, self.running_var
-        return None if mean is None or var is None else Running(mean, var, self.num_batches_tracked)
+        # Looked up where they are: an attribute of a module is a function call, of which a small tensor has too many.
+        buffers = self._buffers
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        return None if mean is None or var is None else Running(mean, var, buffers.get("num_batches_tracked"))
 
     def _decide(self, x: Tensor, has_running: bool) -> tuple[bool, bool]:
         """Whether this call normalises by its batch, and whether the running statistics move."""
