@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from steadynorm import kernels
 from steadynorm.functional import batch_norm, normalize_batch, normalize_running
+from steadynorm.kernels import reference
 from tests import cases
 
 # torch's own forward-mode formulas are TorchScript still.
@@ -36,6 +37,18 @@ def test_any_subset_of_gradients(backend, wanted, training, activation):
         for grad, full, is_wanted in zip(grads, everything, mask, strict=True):
             assert (grad is not None) == is_wanted
             assert grad is None or torch.equal(grad, full)
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_sums_are_asked_for_where_weight_or_bias_train(is_frozen, monkeypatch):
+    """Of a frozen layer the input's gradient is one sweep, where nobody wants the sums."""
+    asked, backward = [], reference.backward
+    monkeypatch.setattr(reference, "backward", lambda *args: asked.append(args[-1]) or backward(*args))
+    x = torch.randn(4, 6, 5, requires_grad=True)
+    weight, bias = torch.randn(6), torch.randn(6, requires_grad=not is_frozen)
+    with kernels.backend("reference"):
+        normalize_running(x, torch.zeros(6), torch.ones(6), weight, bias, activation="relu").sum().backward()
+    assert asked == [not is_frozen]
 
 
 def test_nothing_is_recorded_where_no_gradient_is_wanted(backend):

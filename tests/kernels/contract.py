@@ -127,6 +127,10 @@ def assert_keeps_contract(backend: ModuleType, case: Case, device: str = "cpu") 
         bench.check_last(dx=dx, dweight=dweight, dbias=dbias, g=g)
         _, _, _, g = backend.backward(*ahead, not case.training, False)
         assert g is None
+        for needs_dresidual in (False, True):
+            # Of weight and bias nobody wants anything: what is in the sums is not said, what is in the rest is.
+            dx, _, _, g = backend.backward(*ahead, not case.training, needs_dresidual, False)
+            bench.check(dx=dx, **({"g": g} if needs_dresidual else {}))
     sums = (bench.dweight, bench.dbias, bench.count)
     bench.check(dx=backend.backward_input(bench.g, x, grouping, *statistics, weight, *sums, mask, case.eps))
     if case.training:

@@ -27,8 +27,12 @@ def test_runs_here(dtype):
 
 
 @pytest.mark.parametrize("case", TRIED, ids=str)
-def test_keeps_the_contract(case):
+@pytest.mark.parametrize("is_small", [True, False], ids=["small", "large"])
+def test_keeps_the_contract(case, is_small, monkeypatch):
+    """Both ways of calling the kernels: `numba_small`, and `Call` as for tensors above SERIAL_BELOW."""
     needs(case.inputs().x, masked=case.mask is not None)
+    if not is_small:
+        monkeypatch.setattr(numba_cpu, "SERIAL_BELOW", 0)
     assert_keeps_contract(numba_cpu, case)
 
 

@@ -45,7 +45,7 @@ def arguments(case: cases.Case) -> dict[str, tuple[Any, ...]]:
         "backward_input": (
             *(bench.g, x, *view, *statistics, affine[0], bench.dweight, bench.dbias, bench.count, mask, case.eps),
         ),
-        "backward": (*ahead, not case.training, True),
+        "backward": (*ahead, not case.training, True, True),
         "update_running_": (
             *(torch.zeros(view[1]), torch.ones(view[1]), torch.tensor(3), *statistics, None, 7, 0.1, True),
         ),
@@ -60,9 +60,11 @@ def test_opcheck(name, case):
     torch.library.opcheck(getattr(OPS, name), arguments(case)[name], test_utils=utilities)
 
 
-def test_opcheck_without_the_residual_gradient():
-    ahead = arguments(cases.BY_NAME["plain"])["backward"][:-1]
-    torch.library.opcheck(OPS.backward, (*ahead, False), test_utils=("test_schema", "test_faketensor"))
+@pytest.mark.parametrize("case", ["plain", "not affine", "plain, evaluation"])
+def test_opcheck_without_the_gradients_of_residual_and_parameters(case):
+    ahead = arguments(cases.BY_NAME[case])["backward"][:-2]
+    for needs in ((False, True), (True, False), (False, False)):
+        torch.library.opcheck(OPS.backward, (*ahead, *needs), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_opcheck_with_a_count_on_the_device():

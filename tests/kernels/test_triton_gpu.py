@@ -71,7 +71,7 @@ def test_keeps_the_contract(case, device):
 SPLIT = ("one sample", "rows", "channels last", "lengths, offset 1e4", "lengths, add, relu", "lost sample", "add")
 
 
-@pytest.mark.parametrize("name", [*SPLIT, *(f"{name}, evaluation" for name in ("rows", "add"))])
+@pytest.mark.parametrize("name", [*SPLIT, *(f"{name}, evaluation" for name in ("rows", "add", "add, relu"))])
 @pytest.mark.parametrize("launch", ["split"], indirect=True)
 def test_keeps_the_contract_in_parts(name, launch, device):
     assert_keeps_contract(triton_gpu, cases.BY_NAME[name], device)

@@ -49,7 +49,7 @@ BATCHES: dict[str, tuple[tuple[int, ...], torch.dtype, str]] = {
 
 
 def launches(name: str) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """The launches of a training step with and without a residual: kernel, arguments, options."""
+    """The launches of a training step with and without a residual, and of a frozen one: kernel, arguments, options."""
     shape, dtype, layout = BATCHES[name]
     order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=order)
@@ -68,6 +68,9 @@ def launches(name: str) -> Iterator[tuple[Any, tuple[Any, ...], dict[str, Any]]]
         triton_gpu.forward(x, grouping, weight, bias, x, activation="relu")
         triton_gpu.backward(x, x, grouping, mean, var, weight, bias, None, None, activation="relu")
         triton_gpu.backward(x, x, grouping, mean, var, weight, bias, None, x, activation="relu", needs_dresidual=True)
+        triton_gpu.backward(
+            x, x, grouping, mean, var, weight, bias, activation="relu", is_given=True, needs_affine=False
+        )
     finally:
         triton_gpu.start, triton_gpu._multiprocessors = start, count
     return iter(found)

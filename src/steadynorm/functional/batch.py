@@ -97,7 +97,8 @@ class _Normalize(torch.autograd.Function):
         if needs_dresidual and activation is None and mask is None:
             needs_dresidual, dresidual = False, dy
         flat = flat_mask(mask, grouping)
-        rest = (mean, var, weight, bias, residual, y, flat, eps, activation, is_constant, needs_dresidual)
+        wanted = needs_dresidual, needs[1] or needs[2]
+        rest = (mean, var, weight, bias, residual, y, flat, eps, activation, is_constant, *wanted)
         if is_traced:
             dx, dweight, dbias, g = OPS.backward(dy, x, *grouping, *rest)
         else:

@@ -272,23 +272,40 @@ def backward_input(
 ) -> Tensor:
     """See the contract in `steadynorm.kernels`."""
     call = Call(x, grouping, eps, weight, is_given=count is None)
-    mean, var = mean.double().contiguous(), var.double().contiguous()
-    dweight, dbias = dweight.double().contiguous(), dbias.double().contiguous()
-    _take_moments(call, mean, var)
-    call.point(at.G, g)
-    call.point(at.DY, g)
-    call.point(at.DWEIGHT, dweight)
-    call.point(at.DBIAS, dbias)
     if count is not None:
         at.Floats.from_buffer(call.integers)[at.PER_COUNT] = 1.0 / max(float(count), 1.0)
-    dx = empty_like(x)
+    return _input_gradient(call, g, mean, var, dweight, dbias)
+
+
+def _input_gradient(
+    call: Call,
+    dy: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    side: Tensor | None = None,
+    activation: tuple[str | None, str] = (None, ""),
+) -> Tensor:
+    """dx in one sweep, for sums that are known.
+
+    Args:
+        activation: and what beside x tells where its derivative is taken, which is `side`.
+    """
+    mean, var, dweight, dbias = (t.double().contiguous() for t in (mean, var, dweight, dbias))
+    _take_moments(call, mean, var)
+    call.point(at.DWEIGHT, dweight)
+    call.point(at.DBIAS, dbias)
+    call.point(at.DY, dy)
+    call.point(at.SIDE, side)
+    dx = empty_like(call.x)
     call.point(at.DX, dx)
-    call.set_streaming(dx, 3)
-    if grouping.is_rows:
+    call.set_streaming(dx, 3 + (side is not None))
+    if call.is_rows:
         call.columns(at.TO_COEFFICIENTS | at.TO_BACK)
-        call.run("rows_input", 0, None, "", True)
+        call.run("rows_input", 0, *activation, False)
     else:
-        call.run("planes_backward", at.INPUT, None, "", True)
+        call.run("planes_backward", at.INPUT, *activation, False)
     return dx
 
 
@@ -307,17 +324,21 @@ def backward(
     activation: str | None = None,
     is_given: bool = False,
     needs_dresidual: bool = False,
+    needs_affine: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """See the contract in `steadynorm.kernels`."""
     mean, var = mean.double().contiguous(), var.double().contiguous()
+    side = residual if y is None else y
     dresidual = empty_like(x) if needs_dresidual else None
     keeps_g = kept_gradient(activation, residual, y)
     variant = activation, side_of(activation, residual, y), needs_dresidual or keeps_g
     if _is_small(x, weight, bias):
-        side = residual if y is None else y
         found = numba_small.backward(dy, x, grouping, mean, var, weight, bias, side, eps, is_given, variant, dresidual)
         return *found, dresidual
     call = Call(x, grouping, eps, weight, bias, is_given)
+    if is_given and not (needs_affine or needs_dresidual):
+        sums = torch.zeros_like(mean), torch.zeros_like(mean)
+        return _input_gradient(call, dy, mean, var, *sums, side, variant[:2]), *sums, None
     dweight, dbias = _begin_backward(call, dy, mean, var, residual, y)
     dx = empty_like(x)
     call.point(at.DX, dx)

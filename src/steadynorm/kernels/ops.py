@@ -36,7 +36,8 @@ LIBRARY.define(
 )
 LIBRARY.define(
     f"backward(Tensor dy, {VIEW}, {STATISTICS}, {AFFINE}, Tensor? residual, Tensor? y, Tensor? mask, float eps,"
-    " str? activation, bool is_given, bool needs_dresidual) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor g)"
+    " str? activation, bool is_given, bool needs_dresidual, bool needs_affine)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor g)"
 )
 LIBRARY.define(
     "update_running_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked,"
@@ -155,6 +156,7 @@ def backward(
     activation: str | None,
     is_given: bool,
     needs_dresidual: bool,
+    needs_affine: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dweight, dbias and g; sums in the dtypes of weight and bias, and g empty where it was not asked for."""
     backend = kernels.choose(x, masked=mask is not None)
@@ -173,6 +175,7 @@ def backward(
         activation,
         is_given,
         needs_dresidual,
+        needs_affine,
     )
     return dx, as_gradient(dweight, weight), as_gradient(dbias, bias), x.new_empty(0) if g is None else g
 
@@ -248,7 +251,7 @@ torch.library.register_fake(
         torch.empty_like(x),
         gradient_like(x, weight, group),
         gradient_like(x, bias, group),
-        torch.empty_like(x) if rest[-1] else x.new_empty(0),
+        torch.empty_like(x) if rest[-2] else x.new_empty(0),
     ),
 )
 torch.library.register_fake("steadynorm::update_running_", lambda *rest: None)

@@ -277,10 +277,14 @@ def backward(
     activation: str | None = None,
     is_given: bool = False,
     needs_dresidual: bool = False,
+    needs_affine: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """backward_sums, then backward_input: dx, dweight, dbias, and g (the gradient of the residual) if asked for.
 
-    `is_given`: mean and var were given to the forward pass, not taken from `x`.
+    Args:
+        is_given: mean and var were given to the forward pass, not taken from `x`.
+        needs_affine: whether somebody wants dweight and dbias. If not, and mean and var were given, dx does not depend
+            on them, and what is in them is not said.
     """
     count = None
     if not is_given:

@@ -299,6 +299,7 @@ def backward(
     activation: str | None = None,
     is_given: bool = False,
     needs_dresidual: bool = False,
+    needs_affine: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """backward_sums, then backward_input: dx, dweight, dbias, and g (the gradient of the residual) if asked for.
 
@@ -317,6 +318,10 @@ def backward(
         tensors = (dy, x, residual, y, flat, g, dx, *affine, *gradients, *numbers)
         call.run(_kernels().backward, 1, *tensors, EPS=eps, ACTIVATION=activation, IS_GIVEN=is_given)
         return dx, *gradients, g
+    if is_given and not (needs_affine or needs_dresidual):
+        statistics = (*affine, None, None, *numbers)
+        dx = _input(call, dy, (residual, y, flat), statistics, eps=eps, activation=activation, is_given=True)
+        return dx, *gradients, None
     side = (residual, y, flat, g)
     dweight, dbias = _sums(call, dy, *side, *affine, eps=eps, activation=activation, gradients=gradients)
     statistics = (*affine, dweight, dbias, *numbers)

@@ -288,13 +288,16 @@ def input_gradient(
     outer, group, inner, chunks, splits, units,
     EPS: tl.constexpr, ACTIVATION: tl.constexpr, IS_GIVEN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """dx for sums (group,). `dy` is g where there is no activation."""
+    """dx for sums (group,), which may be None if IS_GIVEN. `dy` is g where there is no activation."""
     span = own_span_backwards(chunks, splits, units)
     statistics = numbers(mean, var, span[0], group, 1.0, TILE)
-    dweight, dbias = numbers(dweight, dbias, span[0], group, 0.0, TILE)
-    n = tl.maximum(count_of(count, plain_count), 1)
+    sums = statistics  # of given statistics no sum is looked at
+    if not IS_GIVEN:
+        dweight, dbias = numbers(dweight, dbias, span[0], group, 0.0, TILE)
+        n = tl.maximum(count_of(count, plain_count), 1)
+        sums = dweight / n, dbias / n
     _input(
-        dy, x, (residual, y), mask, dx, statistics, (weight, bias), (dweight / n, dbias / n), span,
+        dy, x, (residual, y), mask, dx, statistics, (weight, bias), sums, span,
         (outer, group, inner), EPS, ACTIVATION, IS_GIVEN, TILE,
     )  # fmt: skip
 
