@@ -61,6 +61,8 @@ def test_a_weight_on_another_device(samples):
     x, weight = torch.randn(samples, 8, 3), torch.ones(8, device="meta")
     for call in (
         lambda: functional.normalize_batch(x, weight),
+        lambda: functional.normalize_running(x, weight, torch.ones(8)),
+        lambda: functional.normalize_running(x, torch.ones(8), weight),
         lambda: functional.normalize_slices(x, (samples // 2,) * 2, weight),
         lambda: functional.group_norm(x, 4, weight),
         lambda: functional.layer_norm(x.movedim(1, -1), 8, weight),

@@ -10,6 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import steadynorm as sn
 from steadynorm import functional
@@ -64,7 +65,8 @@ def test_a_bias_without_a_weight_and_the_other_way_round(shape, has):
     x, *affine = made(shape)
     weight, bias = (t if there else None for t, there in zip(affine, has, strict=True))
     leaves = [t for t in (x, weight, bias) if t is not None]
-    assert torch_small.batch(x, weight, bias, 1e-5) is not None
+    is_odd = weight is None and bias is not None
+    assert (torch_small.batch(x, weight, bias, 1e-5) is None) == is_odd
     found = step(functional.normalize_batch(x, weight, bias)[0], leaves)
     with sn.backend("reference"):
         expected = step(functional.normalize_batch(x, weight, bias)[0], leaves)
@@ -223,15 +225,122 @@ def test_sizes_that_torch_does_not_look_at_are_refused_in_our_words(size):
                 call()
 
 
-@SHAPES
-def test_second_derivatives(shape):
-    def second(tensors):
-        y = functional.normalize_batch(*tensors, activation="silu")[0]
-        (dx,) = torch.autograd.grad(y.square().sum(), tensors[0], create_graph=True)
-        return torch.autograd.grad(dx.square().sum(), tensors)
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_channel_without_a_variance(eps, value):
+    x, mean, var = torch.randn(8, 4), torch.zeros(4), torch.ones(4)
+    x[:, 0] = value
+    y, moments = functional.normalize_batch(x, eps=eps)
+    assert moments.var[0] == 0
+    assert y[:, 1:].isfinite().all()
+    functional.batch_norm(x, mean, var, training=True, eps=eps)
+    assert var[0] == pytest.approx(0.9)
 
+
+def test_squares_that_float32_cannot_hold_are_ours():
+    x, mean, var = torch.randn(1000, 16) * 1e18, torch.zeros(16), torch.ones(16)
+    y = functional.batch_norm(x, mean, var, training=True)
+    torch.testing.assert_close(y.std(0), torch.ones(16), rtol=1e-3, atol=0)
+    torch.testing.assert_close(var, 0.9 + 0.1 * x.double().var(0).float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("shape", "strides"), [((4, 8, 1, 1), (8, 1, 8, 8)), ((6, 1, 5, 7), (35, 1, 7, 1))])
+def test_the_output_has_the_strides_of_the_input(shape, strides):
+    """One place per image, or one channel: both orders in one, and the next layer goes by the strides."""
+    x = torch.randn(shape).as_strided(shape, strides).requires_grad_()
+    assert functional.normalize_batch(x)[0].stride() == x.stride()
+    assert functional.normalize_running(x, torch.zeros(shape[1]), torch.ones(shape[1])).stride() == x.stride()
+
+
+class Sub(torch.Tensor):
+    """Somebody's own kind of tensor."""
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_somebodys_own_kind_of_vector_is_ours(place):
+    x, vectors = torch.randn(4, 8), [torch.zeros(8), torch.ones(8), torch.ones(8), torch.ones(8)]
+    vectors[place] = vectors[place].as_subclass(Sub)
+    mean, var, weight, bias = vectors
+    assert torch_small.given(x, mean, var, weight, bias, 1e-5) is None
+    if place > 1:
+        assert torch_small.batch(x, weight, bias, 1e-5) is None
+
+
+@SHAPES
+@pytest.mark.parametrize("is_given", [False, True])
+@pytest.mark.parametrize("activation", [None, *functional.ACTIVATIONS])
+def test_an_output_may_be_changed_in_place(shape, is_given, activation):
     tensors = made(shape)
-    found = second(tensors)
+    statistics = torch.zeros(shape[1]), torch.ones(shape[1])
+
+    def normalized():
+        if is_given:
+            return functional.normalize_running(tensors[0], *statistics, *tensors[1:], activation=activation)
+        return functional.normalize_batch(*tensors, activation=activation)[0]
+
+    expected = step(normalized(), tensors)
+    changed = step(F.dropout(normalized(), 0.0, inplace=True).add_(1), tensors)
+    for found, wanted in zip(changed[1:], expected[1:], strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_relu_keeps_what_is_not_a_number():
+    x = torch.randn(8, 4)
+    x[0, 1] = math.nan
+    assert functional.normalize_batch(x, activation="relu")[0][:, 1].isnan().all()
+
+
+@SHAPES
+@pytest.mark.parametrize("has", [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("is_given", [False, True])
+@pytest.mark.parametrize("order", [2, 3])
+def test_higher_derivatives(shape, has, is_given, order):
+    """torch's own are wrong from the third on."""
+    x, *affine = made(shape)
+    weight, bias = (t if there else None for t, there in zip(affine, has, strict=True))
+    leaves = [t for t in (x, weight, bias) if t is not None]
+    statistics = torch.zeros(shape[1]), torch.ones(shape[1])
+
+    def derivatives():
+        if is_given:
+            y = functional.normalize_running(x, *statistics, weight, bias, activation="silu")
+        else:
+            y, _ = functional.normalize_batch(x, weight, bias, activation="silu")
+        found = [y.square().mean()]
+        for left in reversed(range(order)):
+            total = sum(t.square().sum() for t in found)
+            found = torch.autograd.grad(total, leaves, create_graph=left > 0)
+        return found
+
+    found = derivatives()
     with sn.backend("reference"):
-        for one, two in zip(found, second(tensors), strict=True):
+        for one, two in zip(found, derivatives(), strict=True):
             assert (one - two).abs().max() < 1e-4 * two.abs().max()
+
+
+def test_a_checkpoint_finds_the_same_kernels_whatever_has_become_of_the_statistics():
+    layer = sn.BatchNorm1d(16)
+    layer.normalize_by, layer.update_running = "running", True
+    for _ in range(20):
+        x = (5 + torch.randn(64, 16)).requires_grad_()
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+        assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [nn.Parameter, lambda x: x])
+def test_running_statistics_that_are_no_buffers(kind):
+    layer, x = sn.BatchNorm1d(4), torch.randn(8, 4)
+    expected = layer.eval()(x)
+    for name in ("running_mean", "running_var"):
+        value = getattr(layer, name)
+        delattr(layer, name)
+        setattr(layer, name, kind(value))
+    assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_of_torch_jit_holds_no_memory_that_was_never_written():
+    layer = sn.BatchNorm1d(4)
+    with pytest.raises(TypeError):
+        torch.jit.trace(layer, torch.randn(64, 4), check_trace=False)

@@ -7,6 +7,7 @@ transforms (vmap, grad, jvp), for forward-mode derivatives, for the backward pas
 dtypes the same formula runs as plain differentiable PyTorch (`kernels.reference.compose`).
 """
 
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.autograd import forward_ad
 from steadynorm import grouping as grouping_
 from steadynorm import kernels
 from steadynorm.errors import DegenerateStatisticsError, InputError
+from steadynorm.functional.differentiable import differentiate_as
 from steadynorm.functional.packing import Packing, pack, unpack
 from steadynorm.functional.shapes import about_single_value
 from steadynorm.grouping import Grouping, dense_like, with_strides
@@ -206,7 +208,7 @@ def _normalize(
         small = _by_torch(x, weight, bias, statistics, eps)
         if small is not None:
             y, *found = small
-            return y if activation is None else ACTIVATIONS[activation](y), found[0], found[1]
+            return _activated(y, activation), found[0], found[1]
     check_affine(x, weight, bias)
     if statistics is not None:
         check_affine(x, *statistics, names=("mean", "var"))
@@ -254,10 +256,25 @@ def _by_torch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: tuple[Tensor, Tensor] | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """y, mean and var where torch's own kernel is for a call, else None."""
-    if statistics is None:
-        return torch_small.batch(x, weight, bias, eps)
-    y = torch_small.given(x, *statistics, weight, bias, eps)
-    return None if y is None else (y, *statistics)
+    if statistics is not None:
+        y = torch_small.given(x, *statistics, weight, bias, eps)
+        return None if y is None else (y, *statistics)
+    found = torch_small.batch(x, weight, bias, eps)
+    if found is not None:
+        differentiate_as(found[0], partial(_exactly, eps))
+    return found
+
+
+def _exactly(eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return reference.compose(x, weight, bias, None, None, eps, None)[0]
+
+
+def _activated(y: Tensor, activation: str | None) -> Tensor:
+    """An activation on its own, whose output may be changed in place, as that of our kernels may."""
+    if activation is None:
+        return y
+    # The same as relu, which keeps its output for its backward pass where this keeps its input.
+    return torch.threshold(y, 0, 0) if activation == "relu" else ACTIVATIONS[activation](y)
 
 
 def is_packed(x: Tensor, mask: Tensor) -> bool:
@@ -284,9 +301,13 @@ def check_affine(
     """Raise InputError where weight or bias, or what `names` says, is not one value a channel of `x` (N, C, *)."""
     channels = x.shape[1]
     for name, given in zip(names, (one, two), strict=True):
-        if given is not None and given.numel() != channels:
+        if given is None:
+            continue
+        if given.numel() != channels:
             shape = tuple(given.shape)
             raise InputError(f"{name} got shape {shape}, expected ({channels},) for x of shape {tuple(x.shape)}.")
+        if given.device != x.device:
+            raise InputError(f"{name} is on {given.device}, expected it on the {x.device}, where x is: move it there.")
 
 
 def check_mask(x: Tensor, mask: Tensor) -> None:

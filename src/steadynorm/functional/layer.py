@@ -1,6 +1,7 @@
 """Layer normalization: over the last dimensions, or over the channels of (N, C, *)."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,8 +9,9 @@ from torch.nn import functional as F
 
 from steadynorm import grouping as grouping_
 from steadynorm.functional import shapes
+from steadynorm.functional.differentiable import differentiate_as
 from steadynorm.functional.recall import recall, remember
-from steadynorm.functional.sample import Settings, normalize_sample, under_autocast
+from steadynorm.functional.sample import Settings, compose, normalize_sample, under_autocast
 from steadynorm.grouping import dense_like
 from steadynorm.kernels import torch_small
 
@@ -44,7 +46,16 @@ def quick_layer(
 ) -> Tensor | None:
     """`layer_norm` where little has to be found out for it, which is done unchecked; else None."""
     y = torch_small.layer(x, shape, weight, bias, eps)
-    return recall(("layer", shape, eps), x, weight, bias) if y is None else y
+    if y is None:
+        return recall(("layer", shape, eps), x, weight, bias)
+    differentiate_as(y, partial(_exactly, len(shape), eps))
+    return y
+
+
+def _exactly(dims: int, eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    dense, grouping = grouping_.layer(x, dims)
+    weight, bias = (None if t is None else t.flatten() for t in (weight, bias))
+    return compose(dense, weight, bias, None, None, Settings(grouping, eps))[0]
 
 
 def layer_norm(

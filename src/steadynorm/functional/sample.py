@@ -173,7 +173,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tup
     """The backward pass as a function that can itself be differentiated, to any order."""
     total, weight, bias, residual, y, mask, *_ = ctx.saved_tensors
     settings = ctx.settings
-    normalized, *_ = _compose(total, weight, bias, None, mask, settings._replace(activation=None))
+    normalized, *_ = compose(total, weight, bias, None, mask, settings._replace(activation=None))
     g = dy
     if mask is not None:
         # First, since zero times what padding holds may be NaN.
@@ -202,7 +202,7 @@ def _where_valid(x: Tensor, mask: Tensor, grouping: SampleGrouping) -> Tensor:
     return grouping.restore(torch.where(valid, grouping.view(x), 0), x)
 
 
-def _compose(
+def compose(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -210,6 +210,7 @@ def _compose(
     mask: Tensor | None,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and var as differentiable PyTorch; `x` as `normalize_sample` takes it."""
     grouping, eps, activation, is_centred, weight_offset = settings
     residual = None if residual is None else grouping.view(dense_like(residual, x))
     y, mean, var = reference_sample.compose_sample(
@@ -252,7 +253,7 @@ def normalize_sample(
     weight, bias = (t if t is None or t.dim() == 1 else t.flatten() for t in (weight, bias))
     flat = None if mask is None else mask.reshape(grouping.samples, grouping.outer * grouping.inner)
     if _runs_composed(x, residual):
-        y, mean, var = _compose(x, weight, bias, residual, flat, settings)
+        y, mean, var = compose(x, weight, bias, residual, flat, settings)
         return y, x, mean.detach(), var.detach()
     addend = None if addend is None else dense_like(addend, x)
     residual = None if residual is None else dense_like(residual, x)

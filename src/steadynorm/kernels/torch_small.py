@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, float32
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
 
 from steadynorm.kernels import numba_cpu
 from steadynorm.kernels.backends import forced
@@ -72,24 +73,28 @@ def group(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
 
 
 def batch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Normalization of `x` (N, C, *) by its batch: y, and mean and var in float64; None as above."""
+    """Normalization of `x` (N, C, *) by its batch: y, and mean and var in float64; None as above.
+
+    A trace of torch.jit would hold the memory of mean and var, and not what is written there.
+    """
     if not _is_plain(x) or (values := x.numel()) > SMALL or not eps >= 0 or (kernels := _kernels()) is None:
         return None
     rank = x.dim()
-    if values == 0 or rank < 2 or (rank > 2 and values > SMALL_PLANES):
+    if values == 0 or rank < 2 or (rank > 2 and values > SMALL_PLANES) or torch._C._get_tracing_state() is not None:
         return None
     count = x.shape[1]
-    if not (_is_of(weight, count) and _is_of(bias, count)):
+    if not _are_of(count, weight, bias):
         return None
     try:
         y, mean, invstd = _batch(x, weight, bias, None, None, True, 0.0, eps)
     except RuntimeError:
         return None
-    wide = torch.empty(count, dtype=torch.float64, device=CPU)
+    wide, added = torch.empty(count, dtype=torch.float64, device=CPU), _number(eps)
     var = torch.empty_like(wide)
-    if kernels.widen(mean.data_ptr(), invstd.data_ptr(), _address(eps), wide.data_ptr(), var.data_ptr(), count):
-        return None
-    return y, wide, var
+    is_far = kernels.widen(
+        mean.data_ptr(), invstd.data_ptr(), ctypes.addressof(added), wide.data_ptr(), var.data_ptr(), count
+    )
+    return None if is_far or y.stride() != x.stride() else (y, wide, var)
 
 
 def given(
@@ -100,10 +105,10 @@ def given(
         return None
     if values == 0 or x.dim() < 2 or mean.dtype is not float32 or var.dtype is not float32:
         return None
-    count = x.shape[1]
-    if not (_is_of(weight, count) and _is_of(bias, count) and _is_of(mean, count) and _is_of(var, count)):
+    count, added = x.shape[1], _number(eps)
+    if not (_are_of(count, weight, bias) and _are_of(count, mean, var)):
         return None
-    if kernels.is_far_from(mean.data_ptr(), var.data_ptr(), _address(eps), count):
+    if kernels.is_far_from(mean.data_ptr(), var.data_ptr(), ctypes.addressof(added), count):
         return None
     if torch.is_grad_enabled():
         # What the backward pass reads must not move with the running statistics.
@@ -112,7 +117,7 @@ def given(
         y: Tensor = _batch(x, weight, bias, mean, var, False, 0.0, eps)[0]
     except RuntimeError:
         return None
-    return y
+    return y if y.stride() == x.stride() else None
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -138,17 +143,29 @@ def _is_dense(parameter: Tensor | None) -> bool:
     return parameter is None or parameter.is_contiguous()
 
 
+def _are_of(channels: int, one: Tensor | None, two: Tensor | None) -> bool:
+    """Whether torch's kernel of batch norm reads two vectors rightly, which it does not look at itself.
+
+    A second vector without a first is not for it: of a bias without a weight it has no second derivatives.
+    """
+    return (one is None and two is None) or (
+        one is not None and _is_vector(one, channels) and (two is None or _is_vector(two, channels))
+    )
+
+
+def _is_vector(given: Tensor, channels: int) -> bool:
+    kind = type(given)
+    return (kind is Tensor or kind is Parameter) and (
+        given.shape == (channels,) and given.is_contiguous() and given.is_cpu
+    )
+
+
 class _Kernels(NamedTuple):
     """See `kernels.cpu.offsets`."""
 
     is_far: Any
     is_far_from: Any
     widen: Any
-
-
-def _is_of(given: Tensor | None, channels: int) -> bool:
-    """Whether torch's kernel of batch norm reads one value a channel rightly, which it does not look at itself."""
-    return given is None or (given.numel() == channels and given.is_contiguous() and given.is_cpu)
 
 
 @cache
@@ -165,9 +182,5 @@ def _kernels() -> _Kernels | None:
 
 @lru_cache(maxsize=64)
 def _number(value: float) -> ctypes.c_double:
+    """A number that has an address, for kernels, which take integers only."""
     return ctypes.c_double(value)
-
-
-def _address(value: float) -> int:
-    """Where a number is, for kernels, which take integers only."""
-    return ctypes.addressof(_number(value))

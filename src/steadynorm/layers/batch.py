@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from steadynorm import functional
 from steadynorm.errors import DegenerateStatisticsError, InputError
 from steadynorm.functional.shapes import about_single_value
+from steadynorm.kernels.reference import statistics_dtype
 from steadynorm.layers import checks, lockstep, portable
 from steadynorm.layers.finite import require_finite
 from steadynorm.layers.running import STATISTICS, Running, update_
@@ -134,7 +135,12 @@ class BatchNorm(WideBuffers, Switches):
         else:
             # A graph that leaves PyTorch is not to need our operators.
             normalize = portable if torch.compiler.is_exporting() else functional
-            y = normalize.normalize_running(x, running.mean, running.var, weight, bias, **extras)
+            mean, var = running.mean, running.var
+            if updates:
+                # A checkpoint that calls this again must find the same kernels, whatever has become of the statistics:
+                # those for small tensors look at them, and do not take wide ones.
+                mean, var = mean.to(statistics_dtype(x)), var.to(statistics_dtype(x))
+            y = normalize.normalize_running(x, mean, var, weight, bias, **extras)
             if updates:
                 moments = self._of_all_parts(functional.moments(x, mask))
         return y, moments if updates else None
@@ -165,10 +171,13 @@ class BatchNorm(WideBuffers, Switches):
         return None
 
     def _running(self) -> Running | None:
-        # Looked up where they are: an attribute of a module is a function call, of which a small tensor has too many.
-        buffers = self._buffers
-        mean, var = buffers["running_mean"], buffers["running_var"]
-        return None if mean is None or var is None else Running(mean, var, buffers.get("num_batches_tracked"))
+        try:
+            # An attribute of a module is a function call, of which a small tensor has too many.
+            buffers = self._buffers
+            mean, var, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        except KeyError:  # they are something else than buffers
+            mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        return None if mean is None or var is None else Running(mean, var, batches)
 
     def _decide(self, x: Tensor, has_running: bool) -> tuple[bool, bool]:
         """Whether this call normalises by its batch, and whether the running statistics move."""

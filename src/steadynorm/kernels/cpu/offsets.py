@@ -15,6 +15,9 @@ ENTRY_OF_BATCH = ctypes.PYFUNCTYPE(ctypes.c_int64, *(6 * [ctypes.c_int64]))
 NEAR = 2.0
 """Deviations. Up to here (x·invstd − mean·invstd) loses no more than two of 24 binary digits of its largest value."""
 
+TINY, HUGE = 1e-37, 1e300
+"""Around the normal numbers of float32, and below what 1 / 0 is."""
+
 
 def make_is_far() -> Any:
     """A kernel that says whether any |mean| · invstd of `count` is above `NEAR`, or not a number; both are float32."""
@@ -41,7 +44,7 @@ def make_is_far_from() -> Any:
         for i in range(count):
             mean = numba.float64(load_f32(means + i * 4))
             spread = numba.float64(load_f32(variances + i * 4)) + added
-            if spread <= 0.0 or mean * mean > NEAR * NEAR * spread:
+            if spread < TINY or mean * mean > NEAR * NEAR * spread:
                 is_far = 1
         return is_far
 
@@ -51,7 +54,8 @@ def make_is_far_from() -> Any:
 def make_widen() -> Any:
     """`make_is_far_from` for inverse deviations, which writes mean and variance, 1 / invstd² − eps, in float64.
 
-    Where eps is most of it, so little is left of the variance's digits that it is called far too.
+    Where eps is most of it, so little is left of the variance's digits that it is called far too; and where float32
+    could not hold what torch added up.
     """
 
     def kernel(means: Any, invstds: Any, eps: Any, mean_out: Any, var_out: Any, count: Any) -> Any:
@@ -62,7 +66,7 @@ def make_widen() -> Any:
             store_f64(mean_out + i * 8, mean)
             store_f64(var_out + i * 8, var)
             distance = mean * invstd
-            if distance < -NEAR or distance > NEAR or var < added:
+            if distance < -NEAR or distance > NEAR or var < added or var > HUGE or invstd > 1.0 / TINY:
                 is_far = 1
         return is_far
 
