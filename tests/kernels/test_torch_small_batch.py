@@ -327,6 +327,23 @@ def test_a_checkpoint_finds_the_same_kernels_whatever_has_become_of_the_statisti
         assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_second_derivatives_inside_a_checkpoint(norm):
+    """It hands a saved tensor out once."""
+    x, weight, bias = made((6, 8))
+    call = {
+        "batch": lambda x: functional.normalize_batch(x, weight, bias)[0],
+        "layer": lambda x: functional.layer_norm(x, 8, weight, bias),
+    }[norm]
+
+    def second(y):
+        (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), (x, weight, bias), allow_unused=True)
+
+    for found, expected in zip(second(checkpoint(call, x, use_reentrant=False)), second(call(x)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", [nn.Parameter, lambda x: x])
 def test_running_statistics_that_are_no_buffers(kind):
     layer, x = sn.BatchNorm1d(4), torch.randn(8, 4)
