@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from steadynorm import kernels
+from steadynorm import functional, kernels
 from steadynorm.functional import batch_norm, normalize_batch, normalize_running
 from steadynorm.kernels import reference
 from tests import cases
@@ -49,6 +50,50 @@ def test_sums_are_asked_for_where_weight_or_bias_train(is_frozen, monkeypatch):
     with kernels.backend("reference"):
         normalize_running(x, torch.zeros(6), torch.ones(6), weight, bias, activation="relu").sum().backward()
     assert asked == [not is_frozen]
+
+
+TWICE = {
+    "batch": lambda x, w: functional.normalize_batch(x, w)[0],
+    "batch, weight and bias in one": lambda x, w: functional.normalize_batch(x, w, w)[0],
+    "batch, weight of x": lambda x, w: functional.normalize_batch(x, w * (1 + x.mean(0)))[0],
+    "given": lambda x, w: functional.normalize_running(x, torch.zeros(8), torch.ones(8), w, activation="relu"),
+    "slices": lambda x, w: functional.normalize_slices(x, (len(x) // 2,) * 2, w)[0],
+    "together": lambda x, w: torch.cat(functional.normalize_together([functional.Part(t) for t in x.split(10)], w)[0]),
+    "layer": lambda x, w: functional.layer_norm(x, 8, w),
+    "rms": lambda x, w: functional.rms_norm(x, 8, w),
+    "group": lambda x, w: functional.group_norm(x, 2, w),
+}
+
+
+@pytest.mark.parametrize("rows", [20, 20_000])
+@pytest.mark.parametrize("norm", TWICE)
+def test_a_norm_that_is_applied_twice_has_the_same_gradients_for_a_graph_of_them(norm, rows):
+    """What comes before in the network is not differentiated twice: its weight is in both, or weight is made of x."""
+    if norm == "together" and rows > 20:
+        pytest.skip("a thousand parts")
+    x, weight = torch.randn(rows, 8, requires_grad=True), (torch.rand(8) + 0.5).requires_grad_()
+    dy, call = torch.randn(rows, 8), TWICE[norm]
+    plain, graph = (
+        torch.autograd.grad(call(call(x, weight).tanh(), weight), (x, weight), dy, create_graph=is_graph)
+        for is_graph in (False, True)
+    )
+    for found, expected in zip(graph, plain, strict=True):
+        assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(8, 4), (300, 300), (4, 4, 5, 6), (4, 20, 30, 31)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("trains", [True, False])
+def test_given_statistics_keep_a_bad_value_to_itself(shape, dtype, trains):
+    """dx = dy · weight · invstd: a NaN of x is in the gradient of weight, and not in that of other values."""
+    x = torch.randn(shape, dtype=dtype)
+    x.view(-1)[3] = math.nan
+    x.requires_grad_()
+    weight = torch.ones(shape[1], dtype=dtype, requires_grad=trains)
+    mean, var = torch.zeros(shape[1], dtype=dtype), torch.ones(shape[1], dtype=dtype)
+    normalize_running(x, mean, var, weight).sum().backward()
+    assert x.grad.isnan().sum() <= 1
+    torch.testing.assert_close(x.grad.nan_to_num(1), torch.ones_like(x), rtol=1e-4, atol=1e-4)
 
 
 def test_nothing_is_recorded_where_no_gradient_is_wanted(backend):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -327,21 +328,56 @@ def test_a_checkpoint_finds_the_same_kernels_whatever_has_become_of_the_statisti
         assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("norm", ["batch", "layer"])
-def test_second_derivatives_inside_a_checkpoint(norm):
-    """It hands a saved tensor out once."""
-    x, weight, bias = made((6, 8))
-    call = {
-        "batch": lambda x: functional.normalize_batch(x, weight, bias)[0],
-        "layer": lambda x: functional.layer_norm(x, 8, weight, bias),
-    }[norm]
+class Once:
+    """Hands a saved tensor out once, as a checkpoint does."""
 
-    def second(y):
-        (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def unpack(self):
+        if self.tensor is None:
+            raise RuntimeError("handed out already")
+        tensor, self.tensor = self.tensor, None
+        return tensor
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer", "far batch", "far layer"])
+@pytest.mark.parametrize("way", ["checkpoint", "once"])
+def test_higher_derivatives_where_a_saved_tensor_is_handed_out_once(norm, way):
+    """By torch's kernels, and by ours."""
+    x, weight, bias = made((6, 8), mean=100 * norm.startswith("far"))
+    dy = torch.randn(6, 8)
+
+    def call(x):
+        if norm.endswith("layer"):
+            return functional.layer_norm(x, 8, weight, bias)
+        return functional.normalize_batch(x, weight, bias)[0]
+
+    def call_kept(x):
+        if way == "checkpoint":
+            return checkpoint(call, x, use_reentrant=False)
+        with saved_tensors_hooks(Once, Once.unpack):
+            return call(x)
+
+    def third(call):
+        # Of a cotangent that depends on y, torch itself would ask again.
+        (dx,) = torch.autograd.grad(call(x), x, dy, create_graph=True)
+        (dx,) = torch.autograd.grad(dx.square().sum(), x, create_graph=True)
         return torch.autograd.grad(dx.square().sum(), (x, weight, bias), allow_unused=True)
 
-    for found, expected in zip(second(checkpoint(call, x, use_reentrant=False)), second(call(x)), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for found, expected in zip(third(call_kept), third(call), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_what_was_changed_since_is_not_differentiated():
+    x, weight, bias = made((6, 8))
+    base = x * 1
+    with saved_tensors_hooks(Once, Once.unpack):
+        y = functional.normalize_batch(base, weight, bias)[0]
+    with torch.no_grad():
+        base.mul_(2)
+    with pytest.raises(RuntimeError, match="handed out already"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
 
 
 @pytest.mark.parametrize("kind", [nn.Parameter, lambda x: x])

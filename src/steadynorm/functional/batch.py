@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from steadynorm import grouping as grouping_
 from steadynorm import kernels
 from steadynorm.errors import DegenerateStatisticsError, InputError
-from steadynorm.functional.differentiable import differentiate_as
+from steadynorm.functional.differentiable import apart, differentiate_as
 from steadynorm.functional.packing import Packing, pack, unpack
 from steadynorm.functional.shapes import about_single_value
 from steadynorm.grouping import Grouping, dense_like, with_strides
@@ -151,6 +151,7 @@ def _forward(
 def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The backward pass as a function that can itself be differentiated, to any order."""
     x, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
+    x, weight, bias = apart(x, weight, bias)
     _, eps, activation, is_constant, *_ = ctx.settings
     statistics = (mean, var) if is_constant else None
     normalized, *_ = reference.compose(x, weight, bias, None, mask, eps, None, statistics)
@@ -261,7 +262,7 @@ def _by_torch(
         return None if y is None else (y, *statistics)
     found = torch_small.batch(x, weight, bias, eps)
     if found is not None:
-        differentiate_as(found[0], partial(_exactly, eps))
+        differentiate_as(found[0], x, weight, partial(_exactly, eps))
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from steadynorm.functional.batch import through_activation
+from steadynorm.functional.differentiable import apart
 from steadynorm.grouping import SampleGrouping, dense_like, with_strides
 from steadynorm.kernels import FROM_OUTPUT, numba_known, ops, reference_sample
 from steadynorm.kernels.backends import choose_sample
@@ -94,9 +95,9 @@ class _NormalizeSample(torch.autograd.Function):
             dtotal = None
         if dy is None:
             return dtotal, dtotal, *(None,) * 6
-        total, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, dy, dtotal)
+        total, weight, bias, residual, y, mask, mean, var = ctx.saved_tensors
         grouping, eps, activation, *kind = ctx.settings
         is_traced = ops.is_traced(total)
         if not is_traced:
@@ -172,6 +173,7 @@ def _forward(
 def _differentiable_backward(ctx: Any, dy: Tensor, dtotal: Tensor | None) -> tuple[Tensor | None, ...]:
     """The backward pass as a function that can itself be differentiated, to any order."""
     total, weight, bias, residual, y, mask, *_ = ctx.saved_tensors
+    total, weight, bias = apart(total, weight, bias)
     settings = ctx.settings
     normalized, *_ = compose(total, weight, bias, None, mask, settings._replace(activation=None))
     g = dy

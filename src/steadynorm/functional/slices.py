@@ -10,6 +10,7 @@ from steadynorm import grouping as grouping_
 from steadynorm import kernels
 from steadynorm.errors import InputError
 from steadynorm.functional.batch import check_affine, check_extras, normalize_batch, runs_composed, through_activation
+from steadynorm.functional.differentiable import apart
 from steadynorm.grouping import Grouping, dense_like, is_channels_last, with_strides
 from steadynorm.kernels import FROM_OUTPUT, numba_cpu, ops, reference
 from steadynorm.kernels.batch_plans import is_readable
@@ -53,6 +54,7 @@ class _NormalizeSlices(torch.autograd.Function):
         grouping, sizes, eps, activation, _ = ctx.settings
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
+            x, weight, bias = apart(x, weight, bias)
             normalized, _ = _one_by_one(x, sizes, weight, bias, eps=eps)
             slope = through_activation(dy, normalized, residual, y, activation)
             wanted = [t for t, needed in zip((x, weight, bias), needs, strict=False) if needed]

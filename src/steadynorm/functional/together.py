@@ -25,6 +25,7 @@ from steadynorm.functional.batch import (
     runs_composed,
     through_activation,
 )
+from steadynorm.functional.differentiable import apart
 from steadynorm.functional.packing import Packing, pack, unpack
 from steadynorm.grouping import Grouping, dense_like, with_strides
 from steadynorm.kernels import FROM_OUTPUT, ops, reference
@@ -141,7 +142,8 @@ def _differentiable_backward(ctx: Any, dys: list[Tensor]) -> tuple[Tensor | None
     weight, bias, _, _, _, *rest = ctx.saved_tensors
     eps, activation, reduction, groupings = ctx.settings
     k = len(groupings)
-    xs, masks, sides = rest[:k], rest[k : 2 * k], rest[2 * k :]
+    weight, bias, *xs = apart(weight, bias, *rest[:k])
+    masks, sides = rest[k : 2 * k], rest[2 * k :]
     needs = ctx.needs_input_grad
     parts = [Part(x, None, mask) for x, mask in zip(xs, masks, strict=True)]
     normalized, _ = _composed(parts, weight, bias, eps, None, reduction)

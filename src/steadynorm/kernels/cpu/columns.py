@@ -157,9 +157,13 @@ def _make_column(storage: Storage, lanes: _Lanes) -> Any:
             keep(at_c + width * lane, group, fold, scale)
             keep(at_c + 2 * width * lane, group, fold, parameter_of(biases, bias_bytes, c, 0.0) - rest * scale)
             if stages & TO_BACK:
-                of_var = load(dweight) * per_count * invstd
-                keep(at_c + 3 * width * lane, group, fold, splat(0.0) - scale * of_var)
-                keep(at_c + 4 * width * lane, group, fold, scale * (rest * of_var - load(dbias) * per_count))
+                slope = centre = splat(0.0)
+                if load_f64(args + at.PER_COUNT * 8) != 0.0:  # else zero, even of sums that are not finite
+                    of_var = load(dweight) * per_count * invstd
+                    slope = slope - scale * of_var
+                    centre = scale * (rest * of_var - load(dbias) * per_count)
+                keep(at_c + 3 * width * lane, group, fold, slope)
+                keep(at_c + 4 * width * lane, group, fold, centre)
 
     return column
 

@@ -392,9 +392,10 @@ def _make_input(storage: Storage, gradient: Any, keeps_g: bool) -> Any:
     def back_coefficients(args: Any, slot: Any, c: Any) -> Any:
         """dx = (x − high) · slope + g · scale + centre."""
         rest, invstd, scale = coefficients(args, slot, c)
-        per_count = load_f64(args + at.PER_COUNT * 8)
-        of_mean = load_f64(load_i64(args + at.DBIAS * 8) + c * 8) * per_count
-        of_var = load_f64(load_i64(args + at.DWEIGHT * 8) + c * 8) * per_count * invstd
+        per_count, of_mean, of_var = load_f64(args + at.PER_COUNT * 8), 0.0, 0.0
+        if per_count != 0.0:  # else zero, even of sums that are not finite
+            of_mean = load_f64(load_i64(args + at.DBIAS * 8) + c * 8) * per_count
+            of_var = load_f64(load_i64(args + at.DWEIGHT * 8) + c * 8) * per_count * invstd
         keep(slot + BACK, -scale * of_var)
         keep(slot + CENTRE, scale * (rest * of_var - of_mean))
 
