@@ -7,7 +7,6 @@ transforms (vmap, grad, jvp), for forward-mode derivatives, for the backward pas
 dtypes the same formula runs as plain differentiable PyTorch (`kernels.reference.compose`).
 """
 
-from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,11 +17,13 @@ from torch.autograd import forward_ad
 from steadynorm import grouping as grouping_
 from steadynorm import kernels
 from steadynorm.errors import DegenerateStatisticsError, InputError
-from steadynorm.functional.differentiable import apart, differentiate_as
+from steadynorm.functional import small
+from steadynorm.functional.checks import check_affine, check_extras, check_mask
+from steadynorm.functional.differentiable import apart
 from steadynorm.functional.packing import Packing, pack, unpack
 from steadynorm.functional.shapes import about_single_value
 from steadynorm.grouping import Grouping, dense_like, with_strides
-from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, numba_cpu, ops, reference, torch_small
+from steadynorm.kernels import ACTIVATIONS, FROM_OUTPUT, numba_cpu, ops, reference
 from steadynorm.moments import Moments
 
 OPS = torch.ops.steadynorm
@@ -206,10 +207,9 @@ def _normalize(
     """
     check_extras(x, residual, activation, mask)
     if residual is None and mask is None and (is_constant or statistics is None):
-        small = _by_torch(x, weight, bias, statistics, eps)
-        if small is not None:
-            y, *found = small
-            return _activated(y, activation), found[0], found[1]
+        done = small.normalize(x, weight, bias, statistics, eps, activation)
+        if done is not None:
+            return done
     check_affine(x, weight, bias)
     if statistics is not None:
         check_affine(x, *statistics, names=("mean", "var"))
@@ -253,71 +253,12 @@ def _normalize(
     return y, found[0], found[1]
 
 
-def _by_torch(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: tuple[Tensor, Tensor] | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """y, mean and var where torch's own kernel is for a call, else None."""
-    if statistics is not None:
-        y = torch_small.given(x, *statistics, weight, bias, eps)
-        return None if y is None else (y, *statistics)
-    found = torch_small.batch(x, weight, bias, eps)
-    if found is not None:
-        differentiate_as(found[0], x, weight, partial(_exactly, eps))
-    return found
-
-
-def _exactly(eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return reference.compose(x, weight, bias, None, None, eps, None)[0]
-
-
-def _activated(y: Tensor, activation: str | None) -> Tensor:
-    """An activation on its own, whose output may be changed in place, as that of our kernels may."""
-    if activation is None:
-        return y
-    # The same as relu, which keeps its output for its backward pass where this keeps its input.
-    return torch.threshold(y, 0, 0) if activation == "relu" else ACTIVATIONS[activation](y)
-
-
 def is_packed(x: Tensor, mask: Tensor) -> bool:
     """Whether a masked call is made without its padding: where the kernels take everything but the mask.
 
     The one value that a mask may leave is its own mean, and its gradient zero: to the bit on the reference.
     """
     return not ops.is_traced(x) and kernels.choose(x) is numba_cpu and int(mask.sum()) > 1
-
-
-def check_extras(x: Tensor, residual: Tensor | None, activation: str | None, mask: Tensor | None) -> None:
-    """Raise InputError for a residual, an activation or a mask that does not go with `x` (N, C, *)."""
-    if activation is not None and activation not in ACTIVATIONS:
-        raise InputError(f"activation got {activation!r}, expected None or one of {', '.join(ACTIVATIONS)}.")
-    if residual is not None and residual.shape != x.shape:
-        raise InputError(f"residual got shape {tuple(residual.shape)}, expected that of x, {tuple(x.shape)}.")
-    if mask is not None:
-        check_mask(x, mask)
-
-
-def check_affine(
-    x: Tensor, one: Tensor | None, two: Tensor | None, names: tuple[str, str] = ("weight", "bias")
-) -> None:
-    """Raise InputError where weight or bias, or what `names` says, is not one value a channel of `x` (N, C, *)."""
-    channels = x.shape[1]
-    for name, given in zip(names, (one, two), strict=True):
-        if given is None:
-            continue
-        if given.numel() != channels:
-            shape = tuple(given.shape)
-            raise InputError(f"{name} got shape {shape}, expected ({channels},) for x of shape {tuple(x.shape)}.")
-        if given.device != x.device:
-            raise InputError(f"{name} is on {given.device}, expected it on the {x.device}, where x is: move it there.")
-
-
-def check_mask(x: Tensor, mask: Tensor) -> None:
-    """Raise InputError where `mask` is not bool (N, *) for `x` (N, C, *)."""
-    expected = (x.shape[0], *x.shape[2:])
-    if mask.dtype != torch.bool or mask.shape != expected:
-        raise InputError(
-            f"mask got shape {tuple(mask.shape)} and {mask.dtype}, expected {expected} and torch.bool: True is valid."
-        )
 
 
 def count_of(x: Tensor, mask: Tensor | None) -> int | Tensor:

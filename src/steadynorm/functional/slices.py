@@ -9,7 +9,8 @@ from torch import Tensor
 from steadynorm import grouping as grouping_
 from steadynorm import kernels
 from steadynorm.errors import InputError
-from steadynorm.functional.batch import check_affine, check_extras, normalize_batch, runs_composed, through_activation
+from steadynorm.functional.batch import normalize_batch, runs_composed, through_activation
+from steadynorm.functional.checks import check_affine, check_extras
 from steadynorm.functional.differentiable import apart
 from steadynorm.grouping import Grouping, dense_like, is_channels_last, with_strides
 from steadynorm.kernels import FROM_OUTPUT, numba_cpu, ops, reference

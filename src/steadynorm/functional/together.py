@@ -17,14 +17,13 @@ from torch import Tensor
 from steadynorm import grouping as grouping_
 from steadynorm.errors import InputError
 from steadynorm.functional.batch import (
-    check_affine,
-    check_extras,
     count_of,
     flat_mask,
     is_packed,
     runs_composed,
     through_activation,
 )
+from steadynorm.functional.checks import check_affine, check_extras
 from steadynorm.functional.differentiable import apart
 from steadynorm.functional.packing import Packing, pack, unpack
 from steadynorm.grouping import Grouping, dense_like, with_strides
