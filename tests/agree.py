@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -272,3 +272,12 @@ def _z_size(expectation: Expectation, inputs: Inputs) -> Array:
     bias = 0.0 if inputs.bias is None else np.abs(array(inputs.bias))
     size = weight * (1.0 + _channel_max(expectation.ahead.x_hat)) + bias
     return size if inputs.residual is None else size + _channel_max(np.nan_to_num(array(inputs.residual)))
+
+
+def derivatives(call: Callable[[], Tensor], leaves: Sequence[Tensor], order: int) -> list[Tensor]:
+    """Gradients of the squares of gradients of ... of the mean square of what `call` gives."""
+    found = [call().square().mean()]
+    for left in reversed(range(order)):
+        total = torch.stack([t.square().sum() for t in found]).sum()
+        found = [*torch.autograd.grad(total, leaves, create_graph=left > 0)]
+    return found

@@ -57,11 +57,12 @@ class Bench:
         return [t for t in (*found, self.inputs.weight, self.inputs.bias) if t is not None]
 
     def check_last(self, **results: Tensor | None) -> None:
-        """`check`, of sums that may have been rounded to the dtypes of weight and bias."""
+        """`check`, of sums that were rounded to the dtypes of weight and bias."""
         for name, parameter in (("dweight", self.inputs.weight), ("dbias", self.inputs.bias)):
             found = results[name]
             assert found is not None
-            if parameter is not None and found.dtype == parameter.dtype:
+            if parameter is not None:
+                assert found.dtype == parameter.dtype, name
                 assert found.shape == (self.grouping.group,), name
                 bound = self.expected[name]
                 rounding = torch.finfo(parameter.dtype).eps / 2 * np.abs(bound.expected)

@@ -16,6 +16,7 @@ import steadynorm as sn
 from steadynorm import functional
 from steadynorm.errors import DegenerateStatisticsError, InputError
 from steadynorm.kernels import torch_small
+from tests.agree import derivatives
 
 CALLS = {
     "layer": (
@@ -196,16 +197,9 @@ def test_higher_derivatives(name, order):
     """torch's own of layer norm are wrong from the third on."""
     ours, _, leaves = made(name)
 
-    def derivatives():
-        found = [ours(*leaves).square().mean()]
-        for left in reversed(range(order)):
-            total = sum(t.square().sum() for t in found)
-            found = torch.autograd.grad(total, leaves, create_graph=left > 0)
-        return found
-
-    found = derivatives()
+    found = derivatives(lambda: ours(*leaves), leaves, order)
     with sn.backend("reference"):
-        for one, two in zip(found, derivatives(), strict=True):
+        for one, two in zip(found, derivatives(lambda: ours(*leaves), leaves, order), strict=True):
             assert (one - two).abs().max() < 1e-4 * two.abs().max()
 
 

@@ -109,8 +109,8 @@ class _Normalize(torch.autograd.Function):
             dx, dweight, dbias, g = backend.backward(dy, x, grouping, *rest)
         return (
             dx if needs[0] else None,
-            dweight.to(weight.dtype) if needs[1] else None,
-            dbias.to(bias.dtype) if needs[2] else None,
+            dweight if needs[1] else None,
+            dbias if needs[2] else None,
             g if needs_dresidual else dresidual,
             *(None,) * 4,
         )

@@ -20,11 +20,11 @@ the contract; the fusions exist because one pass over memory is what a single pr
 
 Every backend keeps this: `x`, `residual`, `y`, `dy`, `g` are dense in memory in the order (outer, group, inner), in
 one dtype, and outputs come in the memory order of `x`; mean, var and the two sums are float64 (group,), but `normalize`
-takes statistics of any float dtype, and `backward` may give its sums, which nothing more is computed from, in the
-dtypes of weight and bias, or anything in them where statistics were given and nobody wants them; weight and bias are
-(group,) or None in any float dtype; `mask` is bool (outer, inner), True where a value is valid: where it is False a
-value enters no statistic and no sum, and y, g and dx are zero whatever x holds; inputs are never written to; a result
-does not depend on the number of threads.
+takes statistics of any float dtype, and `backward` gives its sums, which nothing more is computed from, in the dtypes
+of weight and bias where there are any, and with anything in them where statistics were given and nobody wants them;
+weight and bias are (group,) or None in any float dtype; `mask` is bool (outer, inner), True where a value is valid:
+where it is False a value enters no statistic and no sum, and y, g and dx are zero whatever x holds; inputs are never
+written to; a result does not depend on the number of threads.
 """
 
 from steadynorm.kernels.backends import BACKENDS, Status, backend, choose, status

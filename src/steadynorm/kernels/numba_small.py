@@ -114,6 +114,16 @@ class Prepared:
             done *= 2
         return row
 
+    def normalized(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        """y, of statistics whose addresses are written."""
+        y = torch.empty_like(x)
+        self.point(x, weight, bias)
+        self.integers[at.Y] = y.data_ptr()
+        if residual is not None:
+            self.integers[at.RESIDUAL] = residual.data_ptr()
+        self.run()
+        return y
+
     def run(self) -> None:
         """Run the kernels one after the other on this thread."""
         values, address = self.integers, self.address
@@ -125,7 +135,7 @@ class Prepared:
 
 @cache
 def _cast() -> Any:
-    return build.load("cast", casts.make_cast, casts.ENTRY)
+    return build.load("cast", casts.make_cast, build.quick_entry(5))
 
 
 @lru_cache(maxsize=KEPT_CALLS)
@@ -147,16 +157,10 @@ def forward(
     """y, mean and var; see the contract in `steadynorm.kernels`."""
     variant = activation, residual is not None
     call = _prepared("forward", grouping, x.dtype, variant, eps, False, get_ident())
-    y = torch.empty_like(x)
     mean = torch.empty(grouping[1], dtype=torch.float64, device=CPU)
     var = torch.empty_like(mean)
-    call.point(x, weight, bias)
-    values = call.integers
-    values[at.MEAN], values[at.VAR], values[at.Y] = mean.data_ptr(), var.data_ptr(), y.data_ptr()
-    if residual is not None:
-        values[at.RESIDUAL] = residual.data_ptr()
-    call.run()
-    return y, mean, var
+    call.point_wide(mean, var)
+    return call.normalized(x, weight, bias, residual), mean, var
 
 
 def normalize(
@@ -173,15 +177,8 @@ def normalize(
     """y; mean and var in float32 or float64."""
     variant = activation, residual is not None
     call = _prepared("normalize", grouping, x.dtype, variant, eps, False, get_ident())
-    y = torch.empty_like(x)
-    call.point(x, weight, bias)
     call.point_wide(mean, var)
-    values = call.integers
-    values[at.Y] = y.data_ptr()
-    if residual is not None:
-        values[at.RESIDUAL] = residual.data_ptr()
-    call.run()
-    return y
+    return call.normalized(x, weight, bias, residual)
 
 
 def backward(
@@ -202,8 +199,8 @@ def backward(
     call = _prepared("backward", grouping, x.dtype, variant, eps, is_given, get_ident())
     dx = torch.empty_like(x)
     call.point(x, weight, bias)
+    call.point_wide(mean, var)
     values = call.integers
-    values[at.MEAN], values[at.VAR] = mean.data_ptr(), var.data_ptr()
     values[at.DY], values[at.DX] = dy.data_ptr(), dx.data_ptr()
     values[at.DWEIGHT], values[at.DBIAS] = products, sums = call.pair, call.pair + 8 * call.group
     values[at.SIDE] = 0 if side is None else side.data_ptr()

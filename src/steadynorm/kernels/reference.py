@@ -291,7 +291,7 @@ def backward(
         count = mean.new_tensor(grouping.values_per_group) if mask is None else mask.sum()
     g, dweight, dbias = backward_sums(dy, x, grouping, mean, var, weight, bias, residual, y, mask, eps, activation)
     dx = backward_input(g, x, grouping, mean, var, weight, dweight, dbias, count, mask, eps)
-    return dx, dweight, dbias, g if needs_dresidual else None
+    return dx, as_gradient(dweight, weight), as_gradient(dbias, bias), g if needs_dresidual else None
 
 
 ema_ = moments_.ema_

@@ -7,7 +7,7 @@ Every condition here is paid for by each call, in caches that the rest of a netw
 as much as the kernel of 32 rows.
 """
 
-import ctypes
+from ctypes import addressof, c_double, c_int64
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -41,22 +41,23 @@ def layer(
 
     Nothing is checked beforehand that torch checks itself: its error is None too.
     """
-    if not _is_plain(x) or (values := x.numel()) > SMALL or not eps >= 0 or (kernels := _kernels()) is None:
+    if (kernels := _kernels_for(x, SMALL, eps)) is None:
         return None
     try:
         y, mean, invstd = _layer(x, shape, weight, bias, eps)
     except RuntimeError:
         return None
     rows = mean.numel()
-    if rows > FEW_ROWS or rows == values or kernels.is_far(mean.data_ptr(), invstd.data_ptr(), rows):
+    if rows > FEW_ROWS or rows == x.numel() or kernels.is_far(mean.data_ptr(), invstd.data_ptr(), rows):
         return None
     return y
 
 
 def group(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor | None:
     """Group normalization of `x` (N, C, *) in plain memory order; None where it is not for torch's kernel, as above."""
-    if not _is_plain(x) or (values := x.numel()) > SMALL_IMAGES or not eps >= 0 or (kernels := _kernels()) is None:
+    if (kernels := _kernels_for(x, SMALL_IMAGES, eps)) is None:
         return None
+    values = x.numel()
     # Of a bias without a weight torch's backward pass raises.
     is_odd = weight is None and bias is not None
     if values == 0 or x.dim() < 2 or is_odd or not (_is_dense(weight) and _is_dense(bias)):
@@ -77,9 +78,9 @@ def batch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> 
 
     A trace of torch.jit would hold the memory of mean and var, and not what is written there.
     """
-    if not _is_plain(x) or (values := x.numel()) > SMALL or not eps >= 0 or (kernels := _kernels()) is None:
+    if (kernels := _kernels_for(x, SMALL, eps)) is None:
         return None
-    rank = x.dim()
+    values, rank = x.numel(), x.dim()
     if values == 0 or rank < 2 or (rank > 2 and values > SMALL_PLANES) or torch._C._get_tracing_state() is not None:
         return None
     count = x.shape[1]
@@ -91,9 +92,7 @@ def batch(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> 
         return None
     wide, added = torch.empty(count, dtype=torch.float64, device=CPU), _number(eps)
     var = torch.empty_like(wide)
-    is_far = kernels.widen(
-        mean.data_ptr(), invstd.data_ptr(), ctypes.addressof(added), wide.data_ptr(), var.data_ptr(), count
-    )
+    is_far = kernels.widen(mean.data_ptr(), invstd.data_ptr(), addressof(added), wide.data_ptr(), var.data_ptr(), count)
     return None if is_far or y.stride() != x.stride() else (y, wide, var)
 
 
@@ -101,14 +100,14 @@ def given(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor | None:
     """Normalization of `x` (N, C, *) by statistics that are constants; None as above."""
-    if not _is_plain(x) or (values := x.numel()) > SMALL or not eps >= 0 or (kernels := _kernels()) is None:
+    if (kernels := _kernels_for(x, SMALL, eps)) is None:
         return None
-    if values == 0 or x.dim() < 2 or mean.dtype is not float32 or var.dtype is not float32:
+    if x.numel() == 0 or x.dim() < 2 or mean.dtype is not float32 or var.dtype is not float32:
         return None
     count, added = x.shape[1], _number(eps)
     if not (_are_of(count, weight, bias) and _are_of(count, mean, var)):
         return None
-    if kernels.is_far_from(mean.data_ptr(), var.data_ptr(), ctypes.addressof(added), count):
+    if kernels.is_far_from(mean.data_ptr(), var.data_ptr(), addressof(added), count):
         return None
     if torch.is_grad_enabled():
         # What the backward pass reads must not move with the running statistics.
@@ -174,13 +173,18 @@ def _kernels() -> _Kernels | None:
     if numba_cpu.why_not():
         return None
     return _Kernels(
-        build.load("is_far", offsets.make_is_far, offsets.ENTRY),
-        build.load("is_far_from", offsets.make_is_far_from, offsets.ENTRY_OF_GIVEN),
-        build.load("widen", offsets.make_widen, offsets.ENTRY_OF_BATCH),
+        build.load("is_far", offsets.make_is_far, build.quick_entry(3, c_int64)),
+        build.load("is_far_from", offsets.make_is_far_from, build.quick_entry(4, c_int64)),
+        build.load("widen", offsets.make_widen, build.quick_entry(6, c_int64)),
     )
 
 
+def _kernels_for(x: Tensor, most: int, eps: float) -> _Kernels | None:
+    """The kernels that look at what torch finds, where a call of up to `most` values is for torch at all."""
+    return _kernels() if _is_plain(x) and x.numel() <= most and eps >= 0 else None
+
+
 @lru_cache(maxsize=64)
-def _number(value: float) -> ctypes.c_double:
+def _number(value: float) -> c_double:
     """A number that has an address, for kernels, which take integers only."""
-    return ctypes.c_double(value)
+    return c_double(value)

@@ -1,14 +1,10 @@
 """Vectors between float32 and float64: for one of a few channels a copy by torch costs more than its normalization."""
 
-import ctypes
 from typing import Any
 
 import numba
 
 from steadynorm.kernels.cpu.simd import parameter, store_f32, store_f64
-
-ENTRY = ctypes.PYFUNCTYPE(None, *(5 * [ctypes.c_int64]))
-"""It keeps the GIL, which to release and take again costs more than the kernel."""
 
 
 def make_cast() -> Any:

@@ -1,16 +1,10 @@
 """Whether means are far from zero, in deviations: there a mean that is taken off late costs digits."""
 
-import ctypes
 from typing import Any
 
 import numba
 
 from steadynorm.kernels.cpu.simd import load_f32, load_f64, store_f64
-
-ENTRY = ctypes.PYFUNCTYPE(ctypes.c_int64, *(3 * [ctypes.c_int64]))
-ENTRY_OF_GIVEN = ctypes.PYFUNCTYPE(ctypes.c_int64, *(4 * [ctypes.c_int64]))
-ENTRY_OF_BATCH = ctypes.PYFUNCTYPE(ctypes.c_int64, *(6 * [ctypes.c_int64]))
-"""They keep the GIL, which to release and take again costs more than the kernels."""
 
 NEAR = 2.0
 """Deviations. Up to here (x·invstd − mean·invstd) loses no more than two of 24 binary digits of its largest value."""
